@@ -1,0 +1,59 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first; a second run finds it ready.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
+
+.PHONY: demo test check proto proto-fresh wheel bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    migrate a machine over localhost'
+	@echo 'make test    run every test'
+	@echo 'make check   format, lint, types, proto freshness and lint, wheel in a clean environment'
+	@echo 'make bench   measure (benchmarks/)'
+	@echo 'make proto   regenerate proto/switchover/v1'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Switchover needs Python 3.11 or newer; set PYTHON=…'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/switchover demo
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev proto-fresh
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint proto
+	$(MAKE) --no-print-directory wheel
+
+proto: $(VENV)/.installed-dev
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
+		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+		--mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTO)
+
+proto-fresh: proto
+	@test -z "$$(git status --porcelain -- proto)" || { git status --short -- proto; git diff --stat -- proto; echo 'generated code differs from proto/: run make proto and commit it'; exit 1; }
+
+# The wheel works away from this tree: clean environment, installed, started.
+wheel: $(VENV)/.installed-dev
+	rm -rf dist && $(BIN)/python -m build --quiet --wheel --outdir dist .
+	tests/wheel.sh dist/*.whl $(PYTHON)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

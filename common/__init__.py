@@ -1,0 +1,1 @@
+"""What both hosts need; imports neither source nor destination."""

@@ -1,0 +1,34 @@
+"""What all our devices have in common as PCI functions.
+
+BAR 0 holds registers (trapped), BAR 2 device memory where a device has some (trapped), BAR 4 the MSI-X table. Registers
+are little-endian, 4 or 8 bytes wide, naturally aligned. The doorbell is an ioeventfd in BAR 0: writing it carries no
+value, it only says "look at the ring".
+"""
+
+from __future__ import annotations
+
+VENDOR_ID = 0x5357
+REGISTERS_BAR = 0
+REGISTERS_SIZE = 0x1000
+MEMORY_BAR = 2
+MSIX_BAR = 4
+MSIX_BAR_SIZE = 0x1000
+DOORBELL = 0x800
+
+# Registers that every device has at the same place.
+ID = 0x00  # u32, read-only: the device's magic
+STATUS = 0x04  # u32, read-only: STATUS_*
+CONTROL = 0x08  # u32: CONTROL_*
+RING_BASE = 0x10  # u64: IOVA of the ring; takes effect when CONTROL_ENABLE is set
+RING_ENTRIES = 0x18  # u32: a power of two
+HEAD = 0x1C  # u32, read-only: free-running count of ring entries that the device has finished
+FAULTS = 0x20  # u32, read-only: DMA accesses that were refused
+
+STATUS_ENABLED = 1 << 0
+STATUS_FAULT = 1 << 1
+CONTROL_ENABLE = 1 << 0
+
+# A ring starts with 64 bytes of which the first 4 are its tail (u32, free-running: entries posted by the driver); the
+# entries follow. Entry n lies at RING_BASE + RING_HEADER + (n % entries) * entry size.
+RING_HEADER = 64
+VECTOR = 0  # the MSI-X vector that all our devices signal when they have finished ring entries

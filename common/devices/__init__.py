@@ -1,0 +1,1 @@
+"""The emulated devices; each runs in a process of its own (python -m common.devices)."""

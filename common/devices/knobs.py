@@ -1,0 +1,100 @@
+"""What can be set about an emulated device: a JSON object, checked before anything is built from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from common.vfio.dirty_log import LogLimits
+from common.vfio.migration import DeviceState, MigrationFlags
+
+__all__ = ["Knobs", "parse"]
+
+_LEGAL_FLAGS = (0, 1, 3, 5, 7)
+_FAIL = "fail:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """Knobs of every kind of device.
+
+    `migration_flags`: MigrationFlags as a number instead of the kind's own, 0 for a device that cannot be migrated.
+    `log_max_bits`, `log_max_ranges`, `log_page_sizes` (bytes): limits of the DMA log. `load_delay_ms`: what leaving
+    RESUMING takes longer than it must. `faults`: "unlogged" (the device forgets to log its DMA), "fail_load" (refuses
+    whatever it is given to load), "fail:STATE" (fails once, with EIO, to enter that state).
+    """
+
+    KIND_FLAGS: ClassVar[MigrationFlags] = MigrationFlags(0)
+
+    migration_flags: int | None = None
+    dma_logging: bool = True
+    log_max_bits: int | None = None
+    log_max_ranges: int = 256
+    log_page_sizes: tuple[int, ...] = (4096,)
+    load_delay_ms: int = 0
+    faults: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.flags not in _LEGAL_FLAGS:
+            raise ValueError(f"migration_flags {int(self.flags)}: no device has these; possible are {_LEGAL_FLAGS}")
+        if not 0 <= self.load_delay_ms <= 600_000:
+            raise ValueError(f"load_delay_ms {self.load_delay_ms} is not within 0 and 600000")
+        states = {state.name for state in DeviceState if state is not DeviceState.ERROR}
+        for fault in self.faults:
+            if fault not in {"unlogged", "fail_load"} and not (
+                fault.startswith(_FAIL) and fault.removeprefix(_FAIL) in states
+            ):
+                raise ValueError(f'no such fault: "{fault}"')
+        _ = self.log_limits  # checked now rather than at the first start of the log
+
+    @property
+    def flags(self) -> MigrationFlags:
+        """What the device's migration can do."""
+        return self.KIND_FLAGS if self.migration_flags is None else MigrationFlags(self.migration_flags)
+
+    @property
+    def log_limits(self) -> LogLimits:
+        """Limits of the device's DMA log."""
+        return LogLimits(self.log_max_ranges, self.log_max_bits, self.log_page_sizes)
+
+    @property
+    def failing_states(self) -> set[DeviceState]:
+        """States that the device fails to enter, once each."""
+        return {DeviceState[fault.removeprefix(_FAIL)] for fault in self.faults if fault.startswith(_FAIL)}
+
+
+K = TypeVar("K", bound=Knobs)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+# The annotations of the fields are the schema; a kind may use any of these.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (_is_int, "a whole number"),
+    "int | None": (_is_int, "a whole number"),
+    "float": (lambda value: _is_int(value) or (isinstance(value, float) and 0 <= value < 1e18), "a number"),
+    "tuple[int, ...]": (lambda value: isinstance(value, list) and all(map(_is_int, value)), "a list of whole numbers"),
+    "tuple[str, ...]": (
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+        "a list of strings",
+    ),
+}
+
+
+def parse(knobs: type[K], values: Mapping[str, Any]) -> K:
+    """Return the knobs of a kind from a JSON object; raise ValueError with a sentence about the first that is wrong."""
+    fields = {field.name: str(field.type) for field in dataclasses.fields(knobs)}
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f'no such knob: "{name}" (there are {", ".join(sorted(fields))})')
+        check, expected = _CHECKS[fields[name]]
+        if not check(value):
+            raise ValueError(f"{name} must be {expected}, not {value!r}")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return knobs(**arguments)

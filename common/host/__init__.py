@@ -1,0 +1,1 @@
+"""What every daemon is: a state directory, a machine, events, HostService, a gRPC server."""

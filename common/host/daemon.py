@@ -1,0 +1,76 @@
+"""The life of a daemon process: one line that says where it listens, then service until a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import grpc
+import structlog
+
+from common.host.host import Host, HostError
+from common.rpc.server import Server, tune_allocator
+
+__all__ = ["configure_logs", "fail", "serve"]
+
+GRACE_SECONDS = 2.0
+
+
+def configure_logs() -> None:
+    """Log to standard error, so that standard output stays for what the user asked."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def fail(message: str) -> int:
+    """Say in one line why the daemon does not run, and return its exit code."""
+    print(f"switchover: {message}", file=sys.stderr)
+    return 1
+
+
+def serve(
+    host: Host,
+    listen: str,
+    register: Callable[[grpc.Server], None],
+    services: Sequence[str],
+    *,
+    opening: Callable[[], str],
+    closing: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve until SIGINT or SIGTERM; return the process's exit code.
+
+    `opening` runs once the port is ours and returns what to say about the machine; `closing` runs at the end, before
+    calls are cut off. The machine goes on either way.
+    """
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    tune_allocator()
+    try:
+        server = Server(listen, register, services)
+    except OSError as error:
+        return fail(str(error))
+    try:
+        said = opening()
+        print(f"switchover {host.role}: listening on {server.address}", flush=True)
+        print(f"switchover {host.role}: {said}", flush=True)
+        ended.wait()
+        closing()
+    except (HostError, OSError, ValueError) as error:
+        return fail(str(error))
+    finally:
+        server.stop(GRACE_SECONDS)
+        host.close()
+    return 0

@@ -1,0 +1,63 @@
+"""What happens at a daemon, told to whoever watches."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from switchover.v1 import host_pb2
+
+__all__ = ["Events"]
+
+Event = host_pb2.WatchEventsResponse
+QUEUE_LIMIT = 10_000
+
+
+class Events:
+    """Events of this daemon: what came before in the watched session first, then the rest as it comes.
+
+    Only the newest progress of a session is kept, so what a session leaves behind is short.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._past: list[Event] = []
+        self._watchers: dict[queue.Queue[Event | None], str] = {}
+
+    def publish(self, session_id: str = "", **event: object) -> None:
+        """Publish one event, given as the member of the oneof that it sets."""
+        message = Event(unix_ms=time.time_ns() // 1_000_000, session_id=session_id, **event)  # type: ignore[arg-type]  # one of the oneof's members, by name
+        with self._lock:
+            if message.HasField("progress"):
+                self._past = [
+                    past for past in self._past if not (past.HasField("progress") and past.session_id == session_id)
+                ]
+            elif message.HasField("phase") and message.phase == "setup":
+                self._past = []
+            self._past.append(message)
+            for watcher, wanted in self._watchers.items():
+                if wanted in ("", session_id) and watcher.qsize() < QUEUE_LIMIT:
+                    watcher.put(message)
+
+    def watch(self, session_id: str, *, on_end: Callable[[Callable[[], None]], object]) -> Iterator[Event]:
+        """Yield events until the session's result, or without end for all sessions.
+
+        `on_end` is given a function that ends the iteration, to be called when the watcher has gone away.
+        """
+        watcher: queue.Queue[Event | None] = queue.Queue()
+        with self._lock:
+            for event in self._past:
+                if session_id and event.session_id == session_id:
+                    watcher.put(event)
+            self._watchers[watcher] = session_id
+        on_end(lambda: watcher.put(None))
+        try:
+            while (event_or_end := watcher.get()) is not None:
+                yield event_or_end
+                if session_id and event_or_end.HasField("result"):
+                    return
+        finally:
+            with self._lock:
+                del self._watchers[watcher]

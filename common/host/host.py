@@ -1,0 +1,171 @@
+"""A host: a state directory, at most one machine, and the events around it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import grpc
+import structlog
+
+from common.host.events import Events
+from common.ipc.channel import ClosedError
+from common.machine import record
+from common.machine.client import MachineClient
+from common.machine.config import MachineSpec
+from common.machine.launch import launch
+from common.machine.record import Ownership, Record
+from common.rpc.errors import RefusalError
+
+__all__ = ["Host", "HostError", "default_state_dir"]
+
+_log = structlog.get_logger()
+
+
+class HostError(Exception):
+    """The daemon cannot do what it was started for; the text is for the operator."""
+
+
+def default_state_dir(role: str) -> Path:
+    """Return $XDG_STATE_HOME/switchover/ROLE."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "switchover" / role
+
+
+class Host:
+    """What a daemon holds. `role` is "source", "destination" or "host"."""
+
+    def __init__(self, role: str, state_dir: Path | None) -> None:
+        """Take the state directory; raise HostError if another daemon has it."""
+        self.role = role
+        self.directory = (state_dir or default_state_dir(role)).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock_file = (self.directory / "lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HostError(f"{self.directory} is in use by another daemon; choose another --state-dir") from None
+        self.events = Events()
+        self.machine: MachineClient | None = None
+        self.session_id = ""
+        self._migrating = threading.Lock()
+
+    @property
+    def record_path(self) -> Path:
+        """Where the ownership record lies."""
+        return self.directory / "record.json"
+
+    def record(self) -> Record | None:
+        """Return the ownership record."""
+        return record.read(self.record_path)
+
+    def run_directory(self, session_id: str) -> Path:
+        """Return an empty directory for a machine process."""
+        path = self.directory / "run" / session_id
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, mode=0o700)
+        return path
+
+    def remove_run_directory(self, session_id: str) -> None:
+        """Remove what a machine process left."""
+        shutil.rmtree(self.directory / "run" / session_id, ignore_errors=True)
+
+    def record_revoked(self, session_id: str) -> None:
+        """Make it durable that a session will never be committed here."""
+        directory = self.directory / "revoked"
+        directory.mkdir(exist_ok=True)
+        (directory / session_id).touch()
+
+    def open_machine(self, spec: MachineSpec | None) -> str:
+        """Find the machine that runs here, or start the one described; return a sentence that says which.
+
+        The record is read first: a machine that has moved away is never started a second time here.
+        """
+        known = self.record()
+        if known is None:
+            if spec is None:
+                return "no machine"
+            return self._boot(spec)
+        if known.ownership is Ownership.GONE:
+            return f"machine {known.name} is not started: it has moved to {known.peer}"
+        try:
+            self.machine = MachineClient.connect(Path(known.directory))
+        except (OSError, ClosedError):
+            if known.ownership is not Ownership.OWNER:
+                raise HostError(
+                    f"machine {known.name} was {known.ownership} to or from {known.peer} when its process ended; "
+                    "it is not started here"
+                ) from None
+            if spec is None:
+                return f"machine {known.name} was switched off"
+            return self._boot(spec)
+        if spec is not None and spec.name != known.name:
+            name = known.name
+            raise HostError(f"{self.directory} holds machine {name}, not {spec.name}; choose another --state-dir")
+        return f"machine {known.name} found running"
+
+    def _boot(self, spec: MachineSpec) -> str:
+        uuid = spec.uuid or str(uuid4())
+        directory = self.run_directory("boot")
+        self.machine = launch(replace(spec, uuid=uuid), directory, self.record_path, incarnation=1)
+        self.machine.record(Ownership.OWNER)
+        self.machine.resume()
+        return f"machine {spec.name} started"
+
+    def adopt(self, machine: MachineClient) -> None:
+        """Take a machine that has arrived."""
+        self.machine = machine
+
+    def require_machine(self) -> MachineClient:
+        """Return the machine; refuse the call if there is none."""
+        if self.machine is None:
+            raise RefusalError(
+                grpc.StatusCode.FAILED_PRECONDITION, "NO_MACHINE", f"this {self.role} has no machine now"
+            )
+        return self.machine
+
+    @property
+    def migrating(self) -> bool:
+        """Whether a migration from or to here runs."""
+        return self._migrating.locked()
+
+    def begin_migration(self, session_id: str) -> None:
+        """Claim this host for one migration; refuse if one runs."""
+        if not self._migrating.acquire(blocking=False):
+            raise RefusalError(
+                grpc.StatusCode.ABORTED, "MIGRATION_RUNS", f"migration {self.session_id} runs here already"
+            )
+        self.session_id = session_id
+
+    def end_migration(self) -> None:
+        """Let the next migration come."""
+        self._migrating.release()
+
+    @contextmanager
+    def not_migrating(self) -> Iterator[None]:
+        """Keep migrations away while the machine is paused, resumed or stopped; refuse if one runs."""
+        self.begin_migration(self.session_id)
+        try:
+            yield
+        finally:
+            self.end_migration()
+
+    def drop_machine(self) -> None:
+        """End the machine process that is still held, if any, and forget it."""
+        machine, self.machine = self.machine, None
+        if machine is not None:
+            machine.shutdown()
+            shutil.rmtree(machine.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the state directory; the machine goes on."""
+        if self.machine is not None:
+            self.machine.close()
+        self._lock_file.close()

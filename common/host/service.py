@@ -1,0 +1,87 @@
+"""HostService: the machine of this daemon, for an operator. Moving it away is added by the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+from switchover.v1 import host_pb2, host_pb2_grpc
+
+from common.host.host import Host
+from common.machine.record import Ownership
+from common.rpc.errors import RefusalError
+
+__all__ = ["VERSION", "HostServicer"]
+
+VERSION = "0.1.0"
+
+
+class HostServicer(host_pb2_grpc.HostServiceServicer):
+    """What every daemon answers."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def GetMachine(
+        self, request: host_pb2.GetMachineRequest, context: grpc.ServicerContext
+    ) -> host_pb2.GetMachineResponse:
+        """Describe daemon and machine."""
+        host = self.host
+        record = host.record()
+        gone = record is not None and record.ownership is Ownership.GONE
+        return host_pb2.GetMachineResponse(
+            role=host.role,
+            version=VERSION,
+            machine=host.machine.describe() if host.machine is not None else None,
+            session_id=host.session_id,
+            migrating=host.migrating,
+            gone_to=record.peer if gone and record is not None else "",
+        )
+
+    def Migrate(self, request: host_pb2.MigrateRequest, context: grpc.ServicerContext) -> host_pb2.MigrateResponse:
+        """Refuse: only a source moves machines away."""
+        raise self._not_a_source()
+
+    def Cancel(self, request: host_pb2.CancelRequest, context: grpc.ServicerContext) -> host_pb2.CancelResponse:
+        """Refuse: a migration is cancelled where it started."""
+        raise self._not_a_source()
+
+    def _not_a_source(self) -> RefusalError:
+        return RefusalError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "NOT_A_SOURCE",
+            f"this daemon is a {self.host.role}; migrations start and are cancelled at a source or host",
+        )
+
+    def Pause(self, request: host_pb2.PauseRequest, context: grpc.ServicerContext) -> host_pb2.PauseResponse:
+        """Pause the machine."""
+        machine = self.host.require_machine()
+        with self.host.not_migrating():
+            machine.pause()
+        self.host.events.publish(machine_state="paused")
+        return host_pb2.PauseResponse()
+
+    def Resume(self, request: host_pb2.ResumeRequest, context: grpc.ServicerContext) -> host_pb2.ResumeResponse:
+        """Let the machine run."""
+        machine = self.host.require_machine()
+        with self.host.not_migrating():
+            machine.resume()
+        self.host.events.publish(machine_state="running")
+        return host_pb2.ResumeResponse()
+
+    def StopMachine(
+        self, request: host_pb2.StopMachineRequest, context: grpc.ServicerContext
+    ) -> host_pb2.StopMachineResponse:
+        """End the machine."""
+        self.host.require_machine()
+        with self.host.not_migrating():
+            self.host.drop_machine()
+            self.host.record_path.unlink(missing_ok=True)
+        self.host.events.publish(machine_state="off")
+        return host_pb2.StopMachineResponse()
+
+    def WatchEvents(
+        self, request: host_pb2.WatchEventsRequest, context: grpc.ServicerContext
+    ) -> Iterator[host_pb2.WatchEventsResponse]:
+        """Tell what happens."""
+        yield from self.host.events.watch(request.session_id, on_end=context.add_callback)

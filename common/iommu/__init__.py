@@ -1,0 +1,1 @@
+"""Device address spaces: IOVA tree, vIOMMU, containers and how DMA into them is tracked."""

@@ -1,0 +1,1 @@
+"""Requests over unix sockets between the processes of one host, with payloads and file descriptors."""

@@ -1,0 +1,1 @@
+"""The machine process (python -m common.machine): all that must outlive a daemon, and the client that drives it."""

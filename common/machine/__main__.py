@@ -1,0 +1,36 @@
+"""The machine process: python -m common.machine --directory DIR --record FILE --incarnation N [--incoming]."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from common.machine.config import ConfigError, from_json
+from common.machine.machine import Machine
+from common.machine.service import MachineService
+
+
+def main() -> int:
+    """Build the machine that `machine.json` in the directory describes, and serve it until it ends."""
+    parser = argparse.ArgumentParser(prog="python -m common.machine")
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--incarnation", type=int, required=True)
+    parser.add_argument("--incoming", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        spec = from_json((arguments.directory / "machine.json").read_bytes())
+        machine = Machine(spec, arguments.directory, incoming=arguments.incoming)
+    except (ConfigError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    service = MachineService(machine, arguments.directory, arguments.record, arguments.incarnation)
+    signal.signal(signal.SIGTERM, lambda *_: service.ended.set())
+    service.run()
+    machine.close()
+    return 0
+
+
+sys.exit(main())

@@ -1,0 +1,316 @@
+"""How a daemon drives its machine process: typed calls over the machine's unix socket.
+
+A migration belongs to the connection that said `begin`: if that closes before a COMMIT was recorded, the machine ends
+the migration by itself and runs on. Bulk reads and writes of device data use connections of their own (`another`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf import json_format
+from switchover.v1 import host_pb2
+
+from common.ipc.channel import Buffer, Client
+from common.machine.config import MachineSpec, from_json
+from common.machine.device import Digest, Pending
+from common.machine.record import Ownership
+from common.memory.bitmap import from_bytes, words_for
+from common.memory.ram import GuestRam
+from common.vfio.migration import MigrationFlags
+
+__all__ = [
+    "SOCKET",
+    "Changes",
+    "DeviceConfig",
+    "DeviceInfo",
+    "DeviceSizes",
+    "MachineClient",
+    "MappingChange",
+    "Rest",
+    "SyncReport",
+    "Tracking",
+]
+
+SOCKET = "machine.sock"
+Words = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What a migration must know of a device. `migration_flags` is 0 for one that cannot migrate."""
+
+    name: str
+    kind: str
+    migration_flags: int
+    state: str
+    comparable_dump: bool
+
+    @property
+    def has_precopy(self) -> bool:
+        """Whether its state can be read while it runs."""
+        return bool(self.migration_flags & MigrationFlags.PRE_COPY)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSizes:
+    """VFIO_MIG_GET_PRECOPY_INFO and MIG_DATA_SIZE, in bytes; None where the device cannot say."""
+
+    initial_bytes: int | None
+    dirty_bytes: int | None
+    stop_copy_length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """How DMA into a container is tracked: "device", "iommu" or "perpetual", and why."""
+
+    container: str
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One collection of all dirty logs: who reported what, as bitmaps of RAM pages."""
+
+    sources: dict[str, Words]
+
+    def union(self) -> Words:
+        """Return what anyone reported."""
+        union: Words = np.bitwise_or.reduce(list(self.sources.values()))
+        return union
+
+
+@dataclass(frozen=True, slots=True)
+class MappingChange:
+    """A mapping of a container; for a removal only `container`, `iova` and `size` count."""
+
+    container: str
+    iova: int
+    size: int
+    gpa: int = 0
+    readable: bool = False
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What happened to the mappings since they were last asked for: removals come first."""
+
+    removed: tuple[MappingChange, ...]
+    added: tuple[MappingChange, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.added)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """What a VMM keeps for a device."""
+
+    name: str
+    config_space: bytes
+    pending: Pending
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What is left of a stopped machine beside RAM, device data and mappings."""
+
+    vcpu: dict[str, Any]
+    devices: tuple[DeviceConfig, ...]
+
+
+class MachineClient:
+    """A connection to a machine process. Failures of the machine are `RequestError`, its end is `ClosedError`."""
+
+    def __init__(self, directory: Path, client: Client) -> None:
+        self.directory = directory
+        self._client = client
+
+    @classmethod
+    def connect(cls, directory: Path) -> MachineClient:
+        """Connect to the machine process that lives in `directory`; raise OSError if none does."""
+        return cls(directory, Client.connect(directory / SOCKET))
+
+    def another(self) -> MachineClient:
+        """Open another connection to the same machine."""
+        return MachineClient.connect(self.directory)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    # The machine as a whole.
+
+    def describe(self) -> host_pb2.Machine:
+        """Return what an operator sees of it."""
+        return json_format.ParseDict(self._client.call("describe").header, host_pb2.Machine())
+
+    def spec(self) -> MachineSpec:
+        """Return its description."""
+        return from_json(self._client.call("spec")["json"])
+
+    def ram(self, *, writable: bool) -> GuestRam:
+        """Map its RAM."""
+        return GuestRam.attach(self._client.call("ram").fds[0], writable=writable)
+
+    def devices(self) -> list[DeviceInfo]:
+        """Return its devices."""
+        return [DeviceInfo(**members) for members in self._client.call("devices")["devices"]]
+
+    def pause(self) -> None:
+        """Stop vCPUs and devices."""
+        self._client.call("pause")
+
+    def resume(self) -> None:
+        """Let them run; a machine that runs goes on."""
+        self._client.call("resume")
+
+    def record(self, ownership: Ownership, *, session_id: str = "", peer: str = "", incarnation: int = 0) -> None:
+        """Make a decision about its owner durable; `incarnation` 0 keeps it."""
+        self._client.call(
+            "record", ownership=ownership.value, session_id=session_id, peer=peer, incarnation=incarnation
+        )
+
+    def guest_gap_us(self) -> int | None:
+        """Return the gap that the guest's clock saw across its last pause, None if it has no clock."""
+        gap: int | None = self._client.call("report").header.get("gap_us")
+        return gap
+
+    def shutdown(self) -> None:
+        """End the machine process and all that belongs to it."""
+        self._client.call("shutdown")
+        self.close()
+
+    # Leaving: in the order in which a migration calls them.
+
+    def begin(self, session_id: str) -> bool:
+        """Start a migration that belongs to this connection; return whether the machine runs (False: it is paused)."""
+        running: bool = self._client.call("begin", session_id=session_id)["running"]
+        return running
+
+    def start_tracking(self) -> list[Tracking]:
+        """Log what vCPUs and devices write from now on."""
+        return [Tracking(**members) for members in self._client.call("start_tracking")["containers"]]
+
+    def enter_precopy(self) -> None:
+        """Take the devices that can to PRE_COPY."""
+        self._client.call("enter_precopy")
+
+    def read_device(self, name: str, size: int) -> Buffer:
+        """Read migration data; empty: nothing now (PRE_COPY) or nothing more (STOP_COPY)."""
+        return self._client.call("read_device", name=name, size=size).payload
+
+    def sizes(self, name: str) -> DeviceSizes:
+        """Return how much there is to read."""
+        return DeviceSizes(**self._client.call("sizes", name=name).header)
+
+    def mapping_changes(self) -> Changes:
+        """Return what happened to the mappings since the last call; the first one returns all."""
+        header = self._client.call("mapping_changes").header
+        return Changes(
+            tuple(MappingChange(*members) for members in header["removed"]),
+            tuple(MappingChange(*members) for members in header["added"]),
+        )
+
+    def sync(self) -> SyncReport:
+        """Collect the logs of vCPUs and devices, reading and clearing them."""
+        reply = self._client.call("sync")
+        pages = reply["pages"]
+        size = words_for(pages) * 8
+        view = memoryview(reply.payload)
+        return SyncReport(
+            {
+                name: from_bytes(view[index * size : (index + 1) * size], pages)
+                for index, name in enumerate(reply["sources"])
+            }
+        )
+
+    def throttle(self, percent: int) -> None:
+        """Slow the vCPUs down."""
+        self._client.call("throttle", percent=percent)
+
+    def pause_vcpus(self) -> None:
+        """Stop the vCPUs; every trap is answered by then."""
+        self._client.call("pause_vcpus")
+
+    def quiesce(self) -> None:
+        """Take all devices out of peer-to-peer DMA, then stop all (contract M3)."""
+        self._client.call("quiesce")
+
+    def leave_stop_copy(self, name: str) -> None:
+        """End a device's saving session: it is in STOP."""
+        self._client.call("leave_stop_copy", name=name)
+
+    def rest(self) -> Rest:
+        """Take what is left: vCPU state, config spaces, pending interrupts and doorbells out of every eventfd."""
+        reply = self._client.call("rest")
+        view = memoryview(reply.payload)
+        devices = []
+        offset = 0
+        for members in reply["devices"]:
+            config = bytes(view[offset : offset + members["config_size"]])
+            offset += len(config)
+            pending = Pending(tuple(members["vectors"]), tuple(members["doorbells"]))
+            devices.append(DeviceConfig(members["name"], config, pending))
+        return Rest(reply["vcpu"], tuple(devices))
+
+    def digest(self, name: str) -> Digest:
+        """Hash what can be read of a stopped device."""
+        members = self._client.call("digest", name=name).header
+        return Digest(**{**members, "bars": tuple(members["bars"])})
+
+    def explain(self, page: int) -> list[str]:
+        """Return who could have written a page of RAM by DMA, and when."""
+        writers: list[str] = self._client.call("explain", page=page)["writers"]
+        return writers
+
+    def end(self) -> None:
+        """End the migration here: logging off, devices and vCPUs running again if they ran when it began."""
+        self._client.call("end")
+
+    # Arriving.
+
+    def enter_resuming(self) -> None:
+        """Take all devices to RESUMING."""
+        self._client.call("enter_resuming")
+
+    def change_mappings(self, changes: Changes) -> None:
+        """Change the mappings in vIOMMU and devices."""
+        self._client.call(
+            "change_mappings",
+            removed=[list(asdict(change).values()) for change in changes.removed],
+            added=[list(asdict(change).values()) for change in changes.added],
+        )
+
+    def write_device(self, name: str, data: Buffer) -> None:
+        """Give a device migration data."""
+        self._client.call("write_device", data, name=name)
+
+    def load(self, vcpu: Mapping[str, Any], devices: Sequence[DeviceConfig]) -> None:
+        """Take all devices out of RESUMING, which validates their state; restore config and vCPU state."""
+        self._client.call(
+            "load",
+            b"".join(device.config_space for device in devices),
+            vcpu=vcpu,
+            devices=[
+                {
+                    "name": device.name,
+                    "config_size": len(device.config_space),
+                    "vectors": device.pending.vectors,
+                    "doorbells": device.pending.doorbells,
+                }
+                for device in devices
+            ],
+        )
+
+    def arrived(self) -> None:
+        """Make it a machine that is paused here; `resume` starts it."""
+        self._client.call("arrived")

@@ -1,0 +1,360 @@
+"""What a machine is: its file (machine.toml), its description as JSON, and the one set of checks behind both.
+
+The description is what a destination gets over the network before it has any reason to trust its peer, so nothing in
+it is taken as it comes: every size has a limit, every name an alphabet, every key must be known. README.md holds the
+reference of the file for people. Knobs are resolved here, defaults included, so that both hosts build the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+from common.machine.board import image_start
+from common.machine.fields import (
+    Check,
+    ConfigError,
+    FieldError,
+    Table,
+    boolean,
+    choice,
+    integer,
+    name,
+    number,
+    on_off,
+    rate,
+    size,
+    strings,
+    text,
+)
+from common.machine.toml_lines import Path, key_lines, line_of
+from common.memory.layout import LOW_END
+
+__all__ = [
+    "ConfigError",
+    "DeviceSpec",
+    "MachineSpec",
+    "ProgramSpec",
+    "ViommuSpec",
+    "from_json",
+    "parse",
+    "to_json",
+]
+
+MIB = 1 << 20
+GIB = 1 << 30
+RAM_STEP = 2 * MIB
+MIN_RAM = 64 * MIB
+MAX_RAM = 252 * GIB  # guest RAM ends below 256 GiB, where 64-bit BARs begin
+MAX_ITEMS = 64  # devices, programs
+MAX_IMAGES = 1024
+MAX_JSON = 1 * MIB
+DEFAULT_REGION = 256 * MIB
+
+_FAULT = re.compile(r"unlogged|fail_load|fail:[A-Z0-9_]{1,32}", re.ASCII)
+
+# Knobs by kind and by program: how a value is checked, and its default (None: left out, the device or program decides).
+_COMMON_KNOBS: dict[str, tuple[Check, Any]] = {
+    "load_delay_ms": (integer(0, 600_000), None),
+    "log_max_bits": (integer(12, 64), None),
+    "log_max_ranges": (integer(1, 65_536), None),
+    "faults": (strings(_FAULT, "a fault", 16), None),
+}
+_DEVICE_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
+    "nic": {
+        "rate": (rate(1, 100 * 10**9), 20_000_000),
+        "packet": (integer(64, 65_536), 1500),
+        **_COMMON_KNOBS,
+    },
+    "nvme": {
+        "blocks": (integer(1, 1 << 22), 1 << 18),
+        "latency_us": (integer(0, 10_000_000), 100),
+        **_COMMON_KNOBS,
+    },
+    "accelerator": {
+        # A PCI BAR shows this memory, and BARs are powers of two.
+        "memory": (size(64 << 10, 16 * GIB, power_of_two=True), 16 * MIB),
+        "churn": (rate(0, 10 * 10**9), 1_000_000),
+        **_COMMON_KNOBS,
+    },
+}
+_PROGRAM_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
+    "idle": {},
+    "writer": {
+        "pattern": (choice("sequential", "random", "hotspot"), "sequential"),
+        "rate": (rate(0, 100 * 10**9), 50_000_000),
+        "region": (size(2 * MIB, MAX_RAM, multiple=RAM_STEP), None),  # default: see _programs
+    },
+    "clock": {"period_us": (integer(100, 1_000_000), 1000)},
+    "driver": {
+        "device": (name, None),
+        "remap": (integer(0, 1 << 32), None),  # the driver's own default
+        "peer": (name, None),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ViommuSpec:
+    """The virtual IOMMU: address width in bits, strategy for planning ranges of DMA logging."""
+
+    enabled: bool = True
+    address_width: int = 48
+    strategy: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """A device: `container` is its address space; `knobs` go to the device as they are (bytes, bytes per second)."""
+
+    name: str
+    kind: str
+    container: str = "default"
+    migration: str = "auto"  # "auto", "on" or "off"
+    device_dirty_tracking: bool = True
+    pre_copy_dirty_tracking: bool = True
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSpec:
+    """A guest program; `knobs` go to it as they are."""
+
+    program: str
+    name: str
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """A machine: sizes in bytes; `images` are the files and directories that fill RAM at its first start only."""
+
+    name: str
+    uuid: str | None
+    ram_size: int
+    images: tuple[FilePath, ...]
+    zero_fraction: float
+    viommu: ViommuSpec
+    devices: tuple[DeviceSpec, ...]
+    programs: tuple[ProgramSpec, ...]
+    trace: bool = False
+
+
+def parse(path: FilePath) -> MachineSpec:
+    """Read a machine file; raise `ConfigError` that names file and line. Relative images are relative to the file."""
+    try:
+        source = path.read_bytes().decode()
+    except OSError as error:
+        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    try:
+        document = tomllib.loads(source)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(_syntax_error(path, source, str(error))) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return _machine(document, path.absolute().parent)
+    except FieldError as error:
+        raise ConfigError(f"{path}:{line_of(key_lines(source), error.path)}: {error}") from error
+
+
+def from_json(description: str | bytes) -> MachineSpec:
+    """Read a description made by `to_json`, trusting none of it; raise `ConfigError` that names the member."""
+    if len(description) > MAX_JSON:
+        raise ConfigError(f"machine description: {len(description)} bytes, more than {MAX_JSON}")
+    try:
+        document = json.loads(description, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"machine description: not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError("machine description: not a JSON object")
+    try:
+        return _machine(document, None)
+    except FieldError as error:
+        raise ConfigError(f"machine description: {_dotted(error.path)}: {error}") from error
+
+
+def to_json(spec: MachineSpec) -> str:
+    """Return the canonical description: keys as in the machine file, plain numbers, sorted; equal specs, equal text."""
+    document = {
+        "name": spec.name,
+        **({"uuid": spec.uuid} if spec.uuid else {}),
+        "trace": spec.trace,
+        "ram": {
+            "size": spec.ram_size,
+            "image": [str(image) for image in spec.images],
+            "zero_fraction": spec.zero_fraction,
+        },
+        "viommu": {
+            "enabled": spec.viommu.enabled,
+            "address_width": spec.viommu.address_width,
+            "strategy": spec.viommu.strategy,
+        },
+        "device": [
+            {
+                "name": device.name,
+                "kind": device.kind,
+                "container": device.container,
+                "migration": device.migration,
+                "device_dirty_tracking": "on" if device.device_dirty_tracking else "off",
+                "pre_copy_dirty_tracking": "on" if device.pre_copy_dirty_tracking else "off",
+                **device.knobs,
+            }
+            for device in spec.devices
+        ],
+        "guest": [{"program": program.program, "name": program.name, **program.knobs} for program in spec.programs],
+    }
+    return json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+
+def _machine(document: Mapping[str, Any], base: FilePath | None) -> MachineSpec:
+    """Check a document; `base` is the directory of its file, None for one that came over the network."""
+    top = Table(document, (), "at the top level")
+    machine_name = top.take("name", name)
+    machine_uuid = top.take("uuid", _uuid, None)
+    trace = top.take("trace", boolean, default=False)
+    ram = top.table("ram")
+    ram_size = ram.take("size", size(MIN_RAM, MAX_RAM, multiple=RAM_STEP))
+    images = _images(ram, base)
+    zero_fraction = ram.take("zero_fraction", number(0, 0.95), 0.4)
+    ram.finish()
+    viommu = _viommu(top.table("viommu"))
+    devices = _devices(top.tables("device", MAX_ITEMS))
+    guest = top.tables("guest", MAX_ITEMS)
+    top.finish()
+    programs = _programs(guest, devices, ram_size)
+    return MachineSpec(machine_name, machine_uuid, ram_size, images, zero_fraction, viommu, devices, programs, trace)
+
+
+def _images(ram: Table, base: FilePath | None) -> tuple[FilePath, ...]:
+    images = []
+    for index, entry in enumerate(ram.take("image", strings(None, "a path", MAX_IMAGES), [])):
+        image = FilePath(entry)
+        if base is not None:
+            image = base / image.expanduser()
+            if not image.exists():
+                raise FieldError((*ram.path, "image", index), f'image "{entry}" does not exist')
+        elif not image.is_absolute():
+            raise FieldError((*ram.path, "image", index), f'image "{entry}" is not an absolute path')
+        images.append(image)
+    return tuple(images)
+
+
+def _viommu(table: Table) -> ViommuSpec:
+    spec = ViommuSpec(
+        table.take("enabled", boolean, default=True),
+        table.take("address_width", choice(39, 48), 48),
+        table.take("strategy", choice("auto", "aperture", "minmax", "mapped"), "auto"),
+    )
+    table.finish()
+    return spec
+
+
+def _devices(tables: Sequence[Table]) -> tuple[DeviceSpec, ...]:
+    devices: list[DeviceSpec] = []
+    for table in tables:
+        kind = table.take("kind", choice(*_DEVICE_KNOBS))
+        default = f"{kind}{sum(device.kind == kind for device in devices)}"
+        device_name = table.take("name", name, default)
+        if any(device.name == device_name for device in devices):
+            raise FieldError((*table.path, "name"), f'two devices have the name "{device_name}"')
+        device = DeviceSpec(
+            device_name,
+            kind,
+            table.take("container", name, "default"),
+            table.take("migration", choice("auto", "on", "off"), "auto"),
+            table.take("device_dirty_tracking", on_off, default=True),
+            table.take("pre_copy_dirty_tracking", on_off, default=True),
+            _knobs(table, _DEVICE_KNOBS[kind]),
+        )
+        table.finish(elsewhere={knob: other for other, knobs in _DEVICE_KNOBS.items() for knob in knobs})
+        devices.append(device)
+    return tuple(devices)
+
+
+def _programs(tables: Sequence[Table], devices: Sequence[DeviceSpec], ram_size: int) -> tuple[ProgramSpec, ...]:
+    programs: list[ProgramSpec] = []
+    driven: set[str] = set()
+    used = image_start(len(tables))
+    if used > ram_size:
+        raise FieldError(("guest",), f"{len(tables)} guest programs need {used // MIB} MiB of RAM, more than there is")
+    for table in tables:
+        program = table.take("program", choice(*_PROGRAM_KNOBS))
+        default = f"{program}{sum(other.program == program for other in programs)}"
+        program_name = table.take("name", name, default)
+        if any(other.name == program_name for other in programs):
+            raise FieldError((*table.path, "name"), f'two guest programs have the name "{program_name}"')
+        knobs = _knobs(table, _PROGRAM_KNOBS[program])
+        table.finish(elsewhere={knob: other for other, known in _PROGRAM_KNOBS.items() for knob in known})
+        if program == "writer":
+            knobs.setdefault("region", min(DEFAULT_REGION, ram_size // 4 // RAM_STEP * RAM_STEP))
+            used += knobs["region"]
+            if used > min(ram_size, LOW_END):
+                raise FieldError(
+                    (*table.path, "region"),
+                    f"the programs' areas and the writers' regions up to here need {-(-used // MIB)} MiB, "
+                    f"but RAM below 3 GiB has {min(ram_size, LOW_END) // MIB} MiB",
+                )
+        elif program == "driver":
+            _check_driver(table, knobs, devices)
+            if knobs["device"] in driven:
+                raise FieldError((*table.path, "device"), f'device "{knobs["device"]}" has a driver already')
+            driven.add(knobs["device"])
+        programs.append(ProgramSpec(program, program_name, knobs))
+    return tuple(programs)
+
+
+def _check_driver(table: Table, knobs: Mapping[str, Any], devices: Sequence[DeviceSpec]) -> None:
+    kinds = {device.name: device.kind for device in devices}
+    if "device" not in knobs:
+        raise FieldError(table.path, f'"device" is missing {table.where}: which device does it drive?')
+    for key in ("device", "peer"):
+        if key in knobs and knobs[key] not in kinds:
+            known = ", ".join(kinds) or "none"
+            raise FieldError((*table.path, key), f'{key} "{knobs[key]}" is not in this machine; it has: {known}')
+    if "peer" in knobs and (kinds[knobs["device"]], kinds[knobs["peer"]]) != ("nic", "accelerator"):
+        raise FieldError((*table.path, "peer"), "only a nic writes to a peer, and only an accelerator can be one")
+
+
+def _knobs(table: Table, known: Mapping[str, tuple[Check, Any]]) -> dict[str, Any]:
+    taken = {knob: table.take(knob, check, default) for knob, (check, default) in known.items()}
+    return {knob: value for knob, value in taken.items() if value is not None}
+
+
+def _uuid(value: object) -> str:
+    try:
+        return str(uuid.UUID(text(value)))
+    except ValueError:
+        raise ValueError(f'must be a UUID like "{uuid.UUID(int=0)}", not {json.dumps(value, default=str)}') from None
+
+
+def _syntax_error(path: FilePath, source: str, message: str) -> str:
+    found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
+    if found is None:
+        return f"{path}: {message}"
+    line = int(found[1]) if found[1] else max(source.rstrip().count("\n") + 1, 1)
+    return f"{path}:{line}: {message[: found.start()].lower()}"
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a member is given twice")
+    return members
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _dotted(path: Path) -> str:
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return text.removeprefix(".") or "top level"

@@ -1,0 +1,65 @@
+"""The ownership record: what this host knows about who owns its machine, on disk before anyone acts on it.
+
+One file in the daemon's state directory. It is replaced whole: temporary file, fsync, rename, fsync of the directory,
+so after a power failure it holds either the old record or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+__all__ = ["Ownership", "Record", "read", "write"]
+
+
+class Ownership(StrEnum):
+    """Who owns the machine, as far as this host has decided or learned (docs/architecture.md, handover)."""
+
+    OWNER = "OWNER"  #: this host; it was booted here or has arrived here for good
+    COMMITTING = "COMMITTING"  #: a COMMIT may have been sent; the peer decides
+    GONE = "GONE"  #: the peer
+    COMMITTED = "COMMITTED"  #: this host, by a COMMIT; nothing has left STOP yet
+    STARTING = "STARTING"  #: this host; devices may have left STOP
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One decision. `incarnation` grows with every handover; `directory` is the machine process's."""
+
+    machine_uuid: str
+    name: str
+    incarnation: int
+    ownership: Ownership
+    directory: str
+    session_id: str = ""
+    peer: str = ""
+
+
+def read(path: Path) -> Record | None:
+    """Return the record, None if there never was one; raise ValueError if it cannot be understood."""
+    try:
+        members = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    try:
+        return Record(**{**members, "ownership": Ownership(members["ownership"])})
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not an ownership record: {error}") from error
+
+
+def write(path: Path, record: Record) -> None:
+    """Make the record durable (about 0.6 ms)."""
+    temporary = path.with_suffix(".new")
+    with temporary.open("w") as file:
+        json.dump(asdict(record), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

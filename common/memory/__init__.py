@@ -1,0 +1,1 @@
+"""Guest RAM: its layout and holes, dirty bitmaps, the page codec, digests."""

@@ -1,0 +1,1 @@
+"""gRPC as both daemons use it: servers, channels, errors, the hand-written page batch."""

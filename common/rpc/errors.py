@@ -1,0 +1,76 @@
+"""Errors on the wire: a status code for gRPC, a reason for programs, a sentence for people.
+
+::
+
+    RefusalError                  what a servicer raises; becomes a status with an ErrorInfo
+    PeerError                what a caller gets back; made from any failure of a call by `peer_error`
+
+Reasons are part of the contract (docs/protocol.md): a caller may act on PROTOCOL_VERSION or HAS_MACHINE, never on text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+__all__ = ["PeerError", "RefusalError", "describe", "peer_error", "status_of"]
+
+DOMAIN = "switchover"
+
+
+class RefusalError(Exception):
+    """A call is refused; nothing of it was done."""
+
+    def __init__(self, code: grpc.StatusCode, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+
+
+class PeerError(Exception):
+    """A call has failed; `reason` says why in the contract's words, or is the status code's name."""
+
+    def __init__(self, reason: str, message: str, code: grpc.StatusCode) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.code = code
+
+
+def status_of(refusal: RefusalError) -> Any:
+    """Return the rich status for a refusal, for `ServicerContext.abort_with_status`."""
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN))
+    number = code_pb2.Code.Value(refusal.code.name)
+    return rpc_status.to_status(status_pb2.Status(code=number, message=str(refusal), details=[detail]))
+
+
+def describe(error: grpc.RpcError) -> tuple[str, str]:
+    """Return (reason, message) of a failed call: one line, fit for a person."""
+    failure = peer_error(error)
+    return failure.reason, str(failure)
+
+
+def peer_error(error: grpc.RpcError) -> PeerError:
+    """Return what a failed call means."""
+    code: grpc.StatusCode = error.code()
+    text = str(error.details() or code.name)
+    status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            return PeerError(info.reason, text, code)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return PeerError("NOT_SWITCHOVER", "what answers there is not a Switchover daemon that can do this", code)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return PeerError("UNREACHABLE", f"cannot be reached: {_first_line(text)}", code)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return PeerError("NO_ANSWER", "has not answered in time", code)
+    return PeerError(code.name, _first_line(text), code)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "no details"

@@ -1,0 +1,1 @@
+"""The VFIO uAPI over a unix socket: codec, client, server."""

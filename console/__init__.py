@@ -1,0 +1,1 @@
+"""The operator: command line, host (both roles), demo, progress, report."""

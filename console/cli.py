@@ -1,0 +1,346 @@
+"""The command `switchover`: arguments in, calls out, exit codes back.
+
+Whatever takes time to import (gRPC, daemons) is imported by the command that needs it, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.machine.fields import ConfigError
+from common.machine.quantities import parse_duration, parse_rate, parse_size
+from console.errors import CommandError
+from console.exit_codes import ExitCode, exit_code_of
+
+__all__ = ["app", "main"]
+
+DEFAULT_LISTEN = "127.0.0.1:7700"
+
+app = typer.Typer(
+    help="Live migration of running machines with VFIO and vfio-user devices, verified page by page.",
+    epilog="Exit codes: 0 completed, 1 failed, 2 wrong usage, 3 cancelled, 4 not converged, 5 verification failed, "
+    "6 daemon cannot be reached.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Verify(StrEnum):
+    """When memory and devices are compared."""
+
+    STRICT = "strict"
+    DEFERRED = "deferred"
+    OFF = "off"
+
+
+class OnTimeout(StrEnum):
+    """What ends a migration that reaches a limit."""
+
+    CANCEL = "cancel"
+    SWITCH_OVER = "switch-over"
+
+
+class OnMismatch(StrEnum):
+    """What becomes of a machine that runs already when a difference is found."""
+
+    PAUSE = "pause"
+    CONTINUE = "continue"
+
+
+def _positive(parse: Callable[[str], float]) -> Callable[[str], float]:
+    # The calls take 0 for "not given", so it must not be given.
+    def checked(text: str) -> float:
+        try:
+            value = parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        if value <= 0:
+            raise typer.BadParameter(f'"{text}" is not more than 0')
+        return value
+
+    return checked
+
+
+def _address(text: str) -> str:
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})", text, re.ASCII)
+    if found is None or int(found[2]) > 65_535:
+        raise typer.BadParameter(f'"{text}" is not an address; write it like "host1:7700" or "127.0.0.1:7700"')
+    return text
+
+
+Address = Annotated[str, typer.Argument(parser=_address, metavar="HOST:PORT", help="The daemon's address.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+VerifyOption = Annotated[
+    Verify, typer.Option(help="Compare memory and devices before the machine runs, while it runs already, or not.")
+]
+Listen = Annotated[
+    str,
+    typer.Option(parser=_address, metavar="HOST:PORT", help="Where to listen; port 0 takes a free one and prints it."),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="Where records of handovers and machines live; it must outlive the daemon."),
+]
+MachineFile = Annotated[
+    Path | None, typer.Option("--machine", dir_okay=False, help="The machine to start (machine.toml).")
+]
+
+
+@app.command()
+def source(listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_dir: StateDir = None) -> int:
+    """Run the daemon that machines leave from."""
+    from source.daemon import run
+
+    return run(listen, machine, state_dir)
+
+
+@app.command()
+def destination(listen: Listen = DEFAULT_LISTEN, state_dir: StateDir = None) -> int:
+    """Run the daemon that machines arrive at."""
+    from destination.daemon import run
+
+    return run(listen, state_dir)
+
+
+@app.command()
+def host(listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_dir: StateDir = None) -> int:
+    """Run both daemons in one: machines arrive and leave."""
+    from console.host import run
+
+    return run(listen, machine, state_dir)
+
+
+@app.command()
+def migrate(
+    *,
+    source: Annotated[
+        str, typer.Option(parser=_address, metavar="HOST:PORT", help="The daemon that holds the machine.")
+    ],
+    destination: Annotated[
+        str, typer.Option(parser=_address, metavar="HOST:PORT", help="Where to, as the source reaches it.")
+    ],
+    max_downtime: Annotated[
+        float,
+        typer.Option(
+            parser=_positive(parse_duration), metavar="DURATION", help="Longest time that the machine may stand still."
+        ),
+    ] = "300ms",  # type: ignore[assignment]  # typer passes defaults through the parser, and shows them in --help
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(parser=_positive(parse_rate), metavar="RATE", help="Most to send, for example 1Gbit/s."),
+    ] = None,
+    verify: VerifyOption = Verify.STRICT,
+    timeout: Annotated[
+        float | None,
+        typer.Option(parser=_positive(parse_duration), metavar="DURATION", help="Longest time before the switchover."),
+    ] = None,
+    max_rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of pre-copy.")] = None,
+    on_timeout: Annotated[OnTimeout, typer.Option(help="What to do when such a limit is reached.")] = OnTimeout.CANCEL,
+    auto_converge: Annotated[
+        bool, typer.Option("--auto-converge", help="Slow the vCPUs down if the link cannot keep up.")
+    ] = False,
+    lanes: Annotated[int, typer.Option(min=1, max=64, help="Streams that carry pages side by side.")] = 1,
+    compress: Annotated[bool, typer.Option("--compress", help="Compress pages with lz4.")] = False,
+    on_mismatch: Annotated[
+        OnMismatch, typer.Option(help="With --verify deferred: what to do with a machine whose memory differs.")
+    ] = OnMismatch.PAUSE,
+    as_json: AsJson = False,
+) -> int:
+    """Move the machine at SOURCE to DESTINATION while it runs."""
+    from rich.console import Console
+    from switchover.v1.host_pb2 import MigrateRequest
+    from switchover.v1.host_pb2 import OnTimeout as OnTimeoutMode
+    from switchover.v1.migration_pb2 import VerifyMode
+
+    from console.daemon import daemon
+    from console.migration import migrate as run
+    from console.progress import open_progress
+
+    request = MigrateRequest(
+        destination=destination,
+        max_downtime_ms=max_downtime * 1000,
+        bandwidth_limit=bandwidth or 0,
+        verify=VerifyMode.Value(f"VERIFY_MODE_{verify.name}"),
+        timeout_s=timeout or 0,
+        max_rounds=max_rounds or 0,
+        on_timeout=OnTimeoutMode.Value(f"ON_TIMEOUT_{on_timeout.name}"),
+        auto_converge=auto_converge,
+        lanes=lanes,
+        compress=compress,
+        continue_on_mismatch=on_mismatch is OnMismatch.CONTINUE,
+    )
+    with daemon(source) as stub:
+        result = run(stub, request, open_progress(Console(stderr=True)))
+    if as_json:
+        from console.report import report
+
+        _print_json(report(result))
+    else:
+        from console.summary import print_summary
+
+        print_summary(Console(), result, source)
+    return exit_code_of(result)
+
+
+@app.command()
+def status(address: Address, *, as_json: AsJson = False) -> None:
+    """Show a daemon, its machine, and what would prevent a migration."""
+    from rich.console import Console
+    from switchover.v1.host_pb2 import GetMachineRequest
+
+    from console.daemon import QUICK_CALL_S, daemon, plain_data
+    from console.status import print_status
+
+    with daemon(address) as stub:
+        answer = stub.GetMachine(GetMachineRequest(), timeout=QUICK_CALL_S)
+    if as_json:
+        _print_json(plain_data(answer))
+    else:
+        print_status(Console(), address, answer)
+
+
+@app.command()
+def cancel(address: Address) -> None:
+    """Cancel the migration that runs; the machine goes on where it is."""
+    from switchover.v1.host_pb2 import CancelRequest
+
+    from console.daemon import QUICK_CALL_S, daemon
+
+    with daemon(address) as stub:
+        stub.Cancel(CancelRequest(), timeout=QUICK_CALL_S)
+    typer.echo(f"{address}: the migration is being cancelled")
+
+
+@app.command()
+def pause(address: Address) -> None:
+    """Stop the machine's vCPUs and devices."""
+    from switchover.v1.host_pb2 import PauseRequest
+
+    from console.daemon import SLOW_CALL_S, daemon
+
+    with daemon(address) as stub:
+        stub.Pause(PauseRequest(), timeout=SLOW_CALL_S)
+    typer.echo(f"{address}: the machine is paused")
+
+
+@app.command()
+def resume(address: Address) -> None:
+    """Let a paused machine run again."""
+    from switchover.v1.host_pb2 import ResumeRequest
+
+    from console.daemon import SLOW_CALL_S, daemon
+
+    with daemon(address) as stub:
+        stub.Resume(ResumeRequest(), timeout=SLOW_CALL_S)
+    typer.echo(f"{address}: the machine runs")
+
+
+@app.command()
+def stop(address: Address) -> None:
+    """End the machine for good, as a power switch does."""
+    from switchover.v1.host_pb2 import StopMachineRequest
+
+    from console.daemon import SLOW_CALL_S, daemon
+
+    with daemon(address) as stub:
+        stub.StopMachine(StopMachineRequest(), timeout=SLOW_CALL_S)
+    typer.echo(f"{address}: the machine is stopped")
+
+
+@app.command()
+def watch(address: Address, *, as_json: AsJson = False) -> None:
+    """Print what happens at a daemon, line by line, until Ctrl-C."""
+    from switchover.v1.host_pb2 import WatchEventsRequest
+
+    from console.daemon import daemon, plain_data
+    from console.report import report
+    from console.status import event_line
+
+    with daemon(address) as stub:
+        try:
+            for event in stub.WatchEvents(WatchEventsRequest()):
+                if as_json:
+                    line = plain_data(event)
+                    if event.HasField("result"):
+                        line["result"] = report(event.result)
+                    print(json.dumps(line), flush=True)
+                else:
+                    print(event_line(event), flush=True)
+        except KeyboardInterrupt:
+            return
+
+
+@app.command()
+def demo(
+    *,
+    verify: VerifyOption = Verify.STRICT,
+    ram: Annotated[
+        float | None,
+        typer.Option(
+            parser=_positive(parse_size), metavar="SIZE", help="Guest RAM; by default, as much as there is data for."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Migrate a machine between two daemons on this host, and show what that took."""
+    from console.demo import run
+
+    return run(verify=verify.name, ram=int(ram) if ram else None, as_json=as_json)
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001  # as typer calls it
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"switchover {version('switchover')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[  # its callback does the work
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; whatever goes wrong is one line and an exit code."""
+    try:
+        code = app(prog_name="switchover", standalone_mode=False)
+    except typer.TyperException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "switchover")
+        problem = " ".join(error.format_message().split()).rstrip(".")
+        code = _failure(f"{command}: {problem[0].lower()}{problem[1:]}; see {command} --help", ExitCode.USAGE)
+    except ConfigError as error:
+        code = _failure(f"switchover: {error}", ExitCode.USAGE)
+    except CommandError as error:
+        code = _failure(f"switchover: {error}", error.code)
+    except OSError as error:
+        code = _failure(f"switchover: {error}", ExitCode.FAILED)
+    except Exception as error:  # noqa: BLE001  # the edge: a defect of ours is still one line for its victim
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}:{place.lineno}"
+        code = _failure(f"switchover: defect: {type(error).__name__}: {error} ({where})", ExitCode.FAILED)
+    sys.exit(code)
+
+
+def _failure(line: str, code: ExitCode) -> ExitCode:
+    print(line, file=sys.stderr)
+    return code

@@ -1,0 +1,15 @@
+"""What a command says when it cannot do what it was asked."""
+
+from __future__ import annotations
+
+from console.exit_codes import ExitCode
+
+__all__ = ["CommandError"]
+
+
+class CommandError(Exception):
+    """One line for people, an exit code for scripts."""
+
+    def __init__(self, message: str, code: ExitCode) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,49 @@
+"""The host daemon: both roles in one, so that machines come and go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
+
+from common.host.daemon import configure_logs, fail, serve
+from common.host.host import Host, HostError
+from common.machine.config import ConfigError, parse
+from destination import service as arrivals
+from destination.service import MigrationServicer
+from source.service import SourceServicer
+
+__all__ = ["run"]
+
+
+def run(listen: str, machine: Path | None, state_dir: Path | None) -> int:
+    """Serve until a signal; return the exit code."""
+    configure_logs()
+    try:
+        spec = parse(machine) if machine is not None else None
+        host = Host("host", state_dir)
+    except (ConfigError, HostError, OSError) as error:
+        return fail(str(error))
+    outgoing = SourceServicer(host)
+    incoming = MigrationServicer(host)
+
+    def register(server: grpc.Server) -> None:
+        host_pb2_grpc.add_HostServiceServicer_to_server(outgoing, server)
+        arrivals.register(incoming, server)
+
+    def close() -> None:
+        outgoing.close()
+        incoming.close()
+
+    return serve(
+        host,
+        listen,
+        register,
+        [
+            host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
+            migration_pb2.DESCRIPTOR.services_by_name["MigrationService"].full_name,
+        ],
+        opening=lambda: host.open_machine(spec),
+        closing=close,
+    )

@@ -1,0 +1,56 @@
+"""How a migration ended, as documented JSON (README.md, "What the numbers mean")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from switchover.v1.host_pb2 import MigrationResult
+
+from console.daemon import plain_data
+
+__all__ = ["report"]
+
+
+def report(result: MigrationResult) -> dict[str, Any]:
+    """Return the report: times in milliseconds, sizes in bytes, null where there is nothing to tell."""
+    plain = plain_data(result)
+    measured = result.guest_gap_ms >= 0
+    containers = plain["dirty_tracking"]
+    return {
+        "result": result.result,
+        "verified": _verified(result.verified),
+        "verify": result.verify,
+        "error": result.error or None,
+        "reason": result.reason or None,
+        "session_id": result.session_id,
+        "machine_uuid": result.machine_uuid,
+        "destination": result.destination,
+        "total_ms": plain["total_ms"],
+        "downtime_ms": plain["downtime_ms"],
+        "downtime": plain_data(result.downtime),
+        "guest_gap_ms": plain["guest_gap_ms"] if measured else None,
+        "guest_gap_error_ms": plain["guest_gap_error_ms"] if measured else None,
+        "rounds": plain["rounds"],
+        "throttle_percent": result.throttle_percent,
+        "ram": plain_data(result.ram),
+        "devices": plain["devices"],
+        "mappings": result.mappings,
+        "dirty_tracking": {
+            "method": _common([container["method"] for container in containers], "mixed"),
+            "reason": _common([container["reason"] for container in containers], "see containers"),
+            "containers": containers,
+        },
+        "mismatched_pages": result.mismatched_pages,
+        "mismatches": plain["mismatches"],
+    }
+
+
+def _verified(value: str) -> bool | str:
+    # Whatever a newer daemon may call it: only "true" means that everything was compared.
+    return value if value == "transport" else value == "true"
+
+
+def _common(values: list[str], otherwise: str) -> str | None:
+    if not values:
+        return None
+    return values[0] if len(set(values)) == 1 else otherwise

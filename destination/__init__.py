@@ -1,0 +1,1 @@
+"""The incoming story: a machine arrives at this host."""

@@ -1,0 +1,42 @@
+"""The destination daemon: waits for a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
+
+from common.host.daemon import configure_logs, fail, serve
+from common.host.host import Host, HostError
+from common.host.service import HostServicer
+from destination import service as arrivals
+from destination.service import MigrationServicer
+
+__all__ = ["run"]
+
+
+def run(listen: str, state_dir: Path | None) -> int:
+    """Serve until a signal; return the exit code."""
+    configure_logs()
+    try:
+        host = Host("destination", state_dir)
+    except (HostError, OSError) as error:
+        return fail(str(error))
+    servicer = MigrationServicer(host)
+
+    def register(server: grpc.Server) -> None:
+        host_pb2_grpc.add_HostServiceServicer_to_server(HostServicer(host), server)
+        arrivals.register(servicer, server)
+
+    return serve(
+        host,
+        listen,
+        register,
+        [
+            host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
+            migration_pb2.DESCRIPTOR.services_by_name["MigrationService"].full_name,
+        ],
+        opening=lambda: host.open_machine(None),
+        closing=servicer.close,
+    )

@@ -1,0 +1,423 @@
+"""The incoming story: how a machine arrives at this host.
+
+Read it from top to bottom: `prepare`, then what arrives side by side (pages, device records, mappings), `finish`,
+`verify`, `commit`; `revoke` instead of `commit` at any time before it. The source drives: each of these is a call of
+its own, and `after` (destination/handover.py) says which may follow which.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grpc
+import structlog
+from switchover.v1 import migration_pb2
+
+from common import hooks
+from common.host.host import Host
+from common.ipc.channel import ClosedError, RequestError
+from common.machine.client import Changes, DeviceConfig, MachineClient, MappingChange
+from common.machine.config import ConfigError, MachineSpec, from_json
+from common.machine.device import Digest, Pending
+from common.machine.launch import launch
+from common.machine.record import Ownership
+from common.memory.layout import PAGE_SIZE
+from common.memory.pages import Applier, PageBatch
+from common.rpc.errors import RefusalError
+from destination import handover
+from destination.handover import Event
+from destination.verifier import Verifier, compare_device
+
+__all__ = ["Arrival"]
+
+IDLE_SECONDS = 30.0
+MAX_CONTAINERS = 64
+
+_log = structlog.get_logger()
+Kind = migration_pb2.DeviceStateKind
+Response = TypeVar("Response")
+Verify = migration_pb2.VerifyMode
+
+
+class Arrival:
+    """One machine on its way to this host. Calls come from gRPC's threads; `_decision` orders those that decide."""
+
+    def __init__(self, host: Host, request: migration_pb2.PrepareRequest) -> None:
+        self.session_id = request.session_id
+        self.machine_uuid = request.machine_uuid
+        self.state: handover.State.ValueType = handover.PREPARING
+        self._host = host
+        self._incarnation = request.incarnation
+        self._verify = request.verify or Verify.VERIFY_MODE_STRICT
+        self._decision = threading.RLock()
+        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="arrival")
+        self._lane_sequences = [0] * max(request.lanes, 1)
+        self._mapping_sequence = 0
+        self._open_streams = 0
+        self._active_at = time.monotonic()
+        self._verifier: Verifier | None = None
+        self._machine: MachineClient | None = None
+        self._paused = False
+        self.guest_gap_us: int | None = None
+
+    # setup
+
+    def prepare(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
+        """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING."""
+        spec = _describe(request)
+        _check_memory(sum(request.data_pages) * PAGE_SIZE)
+        directory = self._host.run_directory(self.session_id)
+        try:
+            machine = launch(spec, directory, self._host.record_path, incarnation=request.incarnation, incoming=True)
+        except OSError as error:
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_BUILD", str(error)) from error
+        self._machine = machine
+        machine.begin(self.session_id)
+        self._ram = machine.ram(writable=True)
+        for first, count in zip(request.data_first, request.data_pages, strict=True):
+            self._ram.populate(first, count)
+        self._applier = Applier(self._ram)
+        if self._verify != Verify.VERIFY_MODE_OFF:
+            self._verifier = Verifier(self._ram, self._applier, early=self._verify == Verify.VERIFY_MODE_DEFERRED)
+        machine.enter_resuming()
+        self._devices = {device.name: _Loading(device.has_precopy) for device in machine.devices()}
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        return migration_pb2.PrepareResponse(
+            protocol_version=request.protocol_version,
+            devices=[
+                migration_pb2.PreparedDevice(
+                    name=device.name,
+                    migration_flags=device.migration_flags,
+                    comparable_dump=device.comparable_dump,
+                )
+                for device in machine.devices()
+            ],
+        )
+
+    # precopy and switchover: three kinds of streams, side by side
+
+    def apply_pages(self, lane: int, batches: Iterator[PageBatch]) -> Iterator[migration_pb2.SendPagesResponse]:
+        """Write one lane's pages to RAM; acknowledge each batch once it is there."""
+        if not 0 <= lane < len(self._lane_sequences):
+            raise _bad(f"lane {lane} was not announced")
+        for batch in batches:
+            self._expect(handover.PREPARING)
+            if batch.sequence != self._lane_sequences[lane] + 1:
+                raise _bad(f"lane {lane}: batch {batch.sequence} after {self._lane_sequences[lane]}")
+            try:
+                self._applier.apply(batch)
+            except ValueError as error:
+                raise _bad(f"lane {lane}, batch {batch.sequence}: {error}") from error
+            self._lane_sequences[lane] = batch.sequence
+            yield migration_pb2.SendPagesResponse(applied_sequence=batch.sequence)
+
+    def apply_device_state(
+        self, name: str, records: Iterator[migration_pb2.SendDeviceStateRequest]
+    ) -> Iterator[migration_pb2.SendDeviceStateResponse]:
+        """Give one device its data; acknowledge each record once the device has taken it."""
+        loading = self._devices.get(name)
+        if loading is None:
+            raise _bad(f"there is no device {name}")
+        assert self._machine is not None
+        machine = self._machine.another()
+        try:
+            for record in records:
+                self._expect(handover.PREPARING)
+                loading.check(name, record)
+                if record.data:
+                    machine.write_device(name, record.data)
+                loading.applied(record)
+                yield migration_pb2.SendDeviceStateResponse(
+                    applied_sequence=record.sequence, initial_data_loaded=loading.initial_data_loaded
+                )
+        finally:
+            machine.close()
+
+    def apply_mappings(
+        self, batches: Iterator[migration_pb2.SendMappingsRequest]
+    ) -> Iterator[migration_pb2.SendMappingsResponse]:
+        """Change the mappings in vIOMMU and devices."""
+        assert self._machine is not None
+        machine = self._machine.another()
+        try:
+            for batch in batches:
+                self._expect(handover.PREPARING)
+                if batch.sequence != self._mapping_sequence + 1:
+                    raise _bad(f"mappings: batch {batch.sequence} after {self._mapping_sequence}")
+                machine.change_mappings(_changes(batch))
+                self._mapping_sequence = batch.sequence
+                yield migration_pb2.SendMappingsResponse(applied_sequence=batch.sequence)
+        finally:
+            machine.close()
+
+    # the end of the switchover
+
+    def finish(self, request: migration_pb2.FinishRequest) -> migration_pb2.FinishResponse:
+        """Check that all has arrived, load the rest, take the devices out of RESUMING: they validate their state."""
+        began = time.monotonic()
+        with self._decision:
+            self._expect(handover.PREPARING)
+            self._check_complete(request)
+            try:
+                vcpu = json.loads(request.vcpu_json)
+            except ValueError as error:
+                raise _bad(f"vCPU state: {error}") from error
+            reading = None
+            if self._verifier is not None:
+                strict = self._verify == Verify.VERIFY_MODE_STRICT
+                reading = self._pool.submit(self._verifier.read_all if strict else self._verifier.complete)
+            assert self._machine is not None
+            self._machine.load(vcpu, [_config(device) for device in request.devices])
+            self._paused = request.paused
+            if reading is not None and self._verify == Verify.VERIFY_MODE_DEFERRED:
+                reading.result()
+                self._device_digests = self._digest_devices()
+            self._reading = reading
+            self.state = handover.after(self.state, Event.LOADED)
+        return migration_pb2.FinishResponse(load_us=int((time.monotonic() - began) * 1e6))
+
+    def _check_complete(self, request: migration_pb2.FinishRequest) -> None:
+        if list(request.lane_sequences) != self._lane_sequences:
+            raise _bad("not all page batches have arrived")
+        if request.mapping_sequence != self._mapping_sequence:
+            raise _bad("not all mapping changes have arrived")
+        if {device.name for device in request.devices} != set(self._devices):
+            raise _bad("the devices are not those that were prepared")
+        for device in request.devices:
+            loading = self._devices[device.name]
+            if not loading.ended or loading.sequence != device.record_sequence:
+                raise _bad(f"{device.name}: its state has not arrived whole")
+
+    def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
+        """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
+        if self._verifier is None or self._reading is None:
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", "verification was off")
+        if self._verify == Verify.VERIFY_MODE_STRICT:
+            self._expect(handover.READY)
+            self._device_digests = self._digest_devices()
+        self._reading.result()
+        try:
+            mismatches = self._verifier.compare(request.chunk_digests)
+        except ValueError as error:
+            raise _bad(str(error)) from error
+        differing, compared = [], []
+        for theirs in request.devices:
+            ours = self._device_digests.get(theirs.name)
+            if ours is None or not (ours.compared and theirs.compared):
+                continue
+            compared.append(theirs.name)
+            what = compare_device(ours, theirs)
+            if what is not None:
+                differing.append(migration_pb2.DeviceMismatch(name=theirs.name, what=what))
+        return migration_pb2.VerifyResponse(
+            chunks=len(request.chunk_digests) // 8,
+            mismatches=mismatches,
+            devices=differing,
+            compared_devices=compared,
+        )
+
+    def _digest_devices(self) -> dict[str, Digest]:
+        return dict(zip(self._devices, self._pool.map(self._digest, self._devices), strict=True))
+
+    def _digest(self, name: str) -> Digest:
+        assert self._machine is not None
+        machine = self._machine.another()
+        try:
+            return machine.digest(name)
+        finally:
+            machine.close()
+
+    # handover: each decision is on disk before anyone acts on it
+
+    def commit(self, request: migration_pb2.CommitRequest) -> migration_pb2.CommitResponse:
+        """Become the owner, and start the machine."""
+        with self._decision:
+            if request.incarnation != self._incarnation:
+                raise RefusalError(
+                    grpc.StatusCode.FAILED_PRECONDITION, "WRONG_INCARNATION", "COMMIT names another incarnation"
+                )
+            try:
+                state = handover.after(self.state, Event.COMMIT)
+            except ValueError as error:
+                raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error)) from error
+            if state is not self.state:
+                self._record(Ownership.COMMITTED)
+                self.state = state
+                hooks.reach("destination.committed")
+            if self.state != handover.COMMITTED:
+                return migration_pb2.CommitResponse(state=self.state)
+            assert self._machine is not None
+            self._host.adopt(self._machine)
+            self._record(Ownership.STARTING)
+            self.state = handover.after(self.state, Event.START)
+            began = time.monotonic()
+            self._machine.arrived()
+            if not self._paused:
+                self._machine.resume()
+            start_us = int((time.monotonic() - began) * 1e6)
+            self.state = handover.after(self.state, Event.STARTED)
+        self._pool.submit(self._settle_in)
+        return migration_pb2.CommitResponse(state=self.state, start_us=start_us)
+
+    def _record(self, ownership: Ownership) -> None:
+        assert self._machine is not None
+        self._machine.record(ownership, session_id=self.session_id, incarnation=self._incarnation)
+
+    def _settle_in(self) -> None:
+        """After the start, off the clock: the machine is ours for good; its guest tells how long it stood still."""
+        assert self._machine is not None
+        self._record(Ownership.OWNER)
+        self._host.end_migration()
+        self._host.events.publish(self.session_id, machine_state="paused" if self._paused else "running")
+        deadline = time.monotonic() + IDLE_SECONDS
+        while not self._paused and self.guest_gap_us is None and time.monotonic() < deadline:
+            try:
+                self.guest_gap_us = self._machine.guest_gap_us()
+            except (ClosedError, RequestError):
+                return
+            time.sleep(0.005)
+
+    def revoke(self, reason: str) -> None:
+        """Decide that the machine will not run here; without effect if that was decided already.
+
+        Raise ValueError if it was committed.
+        """
+        with self._decision:
+            if self.state == handover.REVOKED:
+                return
+            self.state = handover.after(self.state, Event.REVOKE)
+            self._host.record_revoked(self.session_id)
+        _log.info("arrival revoked", session=self.session_id, reason=reason)
+        self.close()
+        if self._machine is not None:
+            self._machine.shutdown()
+            self._host.remove_run_directory(self.session_id)
+        self._host.end_migration()
+
+    def close(self) -> None:
+        """Let go of what verification needed."""
+        self._pool.shutdown(wait=False)
+        if self._verifier is not None:
+            self._verifier.close()
+
+    # what every call uses
+
+    def _expect(self, state: handover.State.ValueType) -> None:
+        self._active_at = time.monotonic()
+        if self.state != state:
+            name = handover.State.Name(self.state).removeprefix("SESSION_STATE_")
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}")
+
+    def streaming(self, stream: Callable[[], Iterator[Response]], context: grpc.ServicerContext) -> Iterator[Response]:
+        """Serve one stream; one that breaks before COMMIT ends the session."""
+        with self._decision:
+            self._open_streams += 1
+        try:
+            yield from stream()
+        except RefusalError as error:
+            self._lose(str(error))
+            raise
+        except (ClosedError, RequestError, OSError) as error:
+            self._lose(str(error))
+            raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", str(error)) from error
+        finally:
+            with self._decision:
+                self._open_streams -= 1
+                self._active_at = time.monotonic()
+            if not context.is_active():
+                self._lose("the source is gone")
+
+    def _lose(self, why: str) -> None:
+        if self.state in (handover.PREPARING, handover.READY):
+            try:
+                self.revoke(why)
+            except ValueError:
+                _log.info("stream lost after COMMIT", session=self.session_id, reason=why)
+
+    def _watch(self) -> None:
+        """Revoke a session that the source has forgotten: nothing is lost, for it is still the owner."""
+        while self.state in (handover.PREPARING, handover.READY):
+            time.sleep(1.0)
+            if not self._open_streams and time.monotonic() - self._active_at > IDLE_SECONDS:
+                self._lose("nothing was heard of the source")
+
+
+class _Loading:
+    """How far a device is."""
+
+    def __init__(self, has_precopy: bool) -> None:  # noqa: FBT001  # the one thing to know
+        self._has_precopy = has_precopy
+        self.sequence = 0
+        self.initial_data_loaded = False
+        self.ended = False
+
+    def check(self, name: str, record: migration_pb2.SendDeviceStateRequest) -> None:
+        if record.sequence != self.sequence + 1:
+            raise _bad(f"{name}: record {record.sequence} after {self.sequence}")
+        if self.ended:
+            raise _bad(f"{name}: a record after the end")
+        data_kinds = (Kind.DEVICE_STATE_KIND_PRECOPY_DATA, Kind.DEVICE_STATE_KIND_STOP_COPY_DATA)
+        if record.kind not in (*data_kinds, Kind.DEVICE_STATE_KIND_INIT_DATA_SENT, Kind.DEVICE_STATE_KIND_END):
+            raise _bad(f"{name}: unknown record kind {record.kind}")
+        if bool(record.data) != (record.kind in data_kinds):
+            raise _bad(f"{name}: a record of kind {Kind.Name(record.kind)} with {len(record.data)} bytes")
+
+    def applied(self, record: migration_pb2.SendDeviceStateRequest) -> None:
+        self.sequence = record.sequence
+        self.initial_data_loaded |= record.kind == Kind.DEVICE_STATE_KIND_INIT_DATA_SENT and self._has_precopy
+        self.ended = record.kind == Kind.DEVICE_STATE_KIND_END
+
+
+def _describe(request: migration_pb2.PrepareRequest) -> MachineSpec:
+    try:
+        spec = from_json(request.machine_json)
+    except ConfigError as error:
+        raise _bad(f"machine description: {error}") from error
+    if spec.uuid != request.machine_uuid:
+        raise _bad("machine description and request name different machines")
+    pages = spec.ram_size // PAGE_SIZE
+    end = 0
+    if len(request.data_first) != len(request.data_pages):
+        raise _bad("runs of data: as many first pages as lengths are needed")
+    for first, count in zip(request.data_first, request.data_pages, strict=True):
+        if not (end <= first < pages and 0 < count <= pages - first):
+            raise _bad(f"runs of data: {count} pages from {first} are not in order or not in RAM")
+        end = first + count
+    return spec
+
+
+def _check_memory(needed: int) -> None:
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    if needed > available:
+        raise RefusalError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "NOT_ENOUGH_MEMORY",
+            f"the machine holds {needed >> 20} MiB in RAM, this host has {available >> 20} MiB free",
+        )
+
+
+def _changes(batch: migration_pb2.SendMappingsRequest) -> Changes:
+    return Changes(
+        tuple(MappingChange(item.container, item.iova, item.size) for item in batch.removed),
+        tuple(
+            MappingChange(
+                item.range.container, item.range.iova, item.range.size, item.gpa, item.readable, item.writable
+            )
+            for item in batch.added
+        ),
+    )
+
+
+def _config(device: migration_pb2.DeviceConfig) -> DeviceConfig:
+    pending = Pending(tuple(device.pending_vectors), tuple(device.pending_doorbells))
+    return DeviceConfig(device.name, device.config_space, pending)
+
+
+def _bad(message: str) -> RefusalError:
+    return RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", message)

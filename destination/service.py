@@ -1,0 +1,202 @@
+"""MigrationService: finds the session that a call belongs to, and lets it do the rest."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+from switchover.v1 import migration_pb2, migration_pb2_grpc
+
+from common.host.host import Host
+from common.ipc.channel import ClosedError, RequestError
+from common.memory.pages import PageBatch
+from common.rpc.errors import RefusalError
+from common.rpc.page_batch import parse
+from destination import handover
+from destination.migration import Arrival
+
+__all__ = ["PROTOCOL_VERSIONS", "MigrationServicer", "register"]
+
+PROTOCOL_VERSIONS = (1,)
+SERVICE = "switchover.v1.MigrationService"
+
+
+class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
+    """One machine arrives at a time; the last session is kept, so that it can be asked about."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._arrival: Arrival | None = None
+        self._lock = threading.Lock()
+
+    def Prepare(
+        self, request: migration_pb2.PrepareRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.PrepareResponse:
+        """Open a session."""
+        if request.protocol_version not in PROTOCOL_VERSIONS:
+            known = ", ".join(map(str, PROTOCOL_VERSIONS))
+            raise RefusalError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "PROTOCOL_VERSION",
+                f"the source speaks protocol {request.protocol_version}, this destination {known}",
+            )
+        if not (request.session_id.isalnum() and len(request.session_id) <= 64):
+            raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "the session's name is not one")
+        if self._host.machine is not None:
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "HAS_MACHINE", "this host has a machine already")
+        record = self._host.record()
+        if (
+            record is not None
+            and record.machine_uuid == request.machine_uuid
+            and request.incarnation <= record.incarnation
+        ):
+            raise RefusalError(
+                grpc.StatusCode.FAILED_PRECONDITION, "OLD_INCARNATION", "a later incarnation was here already"
+            )
+        self._host.begin_migration(request.session_id)
+        with self._lock:
+            if self._arrival is not None:
+                self._arrival.close()
+            self._arrival = arrival = Arrival(self._host, request)
+        try:
+            return arrival.prepare(request)
+        except BaseException as error:
+            arrival.revoke(f"it could not be prepared: {error}")
+            raise
+
+    def ReadClock(
+        self, request: migration_pb2.ReadClockRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.ReadClockResponse:
+        """Read the clock."""
+        return migration_pb2.ReadClockResponse(monotonic_ns=time.monotonic_ns())
+
+    def SendPages(
+        self, request_iterator: Iterator[object], context: grpc.ServicerContext
+    ) -> Iterator[migration_pb2.SendPagesResponse]:
+        """Apply a lane's batches (which arrive as bytes: see `register`)."""
+        arrival = self._of_stream(context)
+        lane = _metadata(context, "lane")
+        if not lane.isdecimal():
+            raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"no lane number: {lane!r}")
+        batches = (_parse(message) for message in request_iterator)
+        yield from arrival.streaming(lambda: arrival.apply_pages(int(lane), batches), context)
+
+    def SendDeviceState(
+        self, request_iterator: Iterator[migration_pb2.SendDeviceStateRequest], context: grpc.ServicerContext
+    ) -> Iterator[migration_pb2.SendDeviceStateResponse]:
+        """Apply a device's records."""
+        arrival = self._of_stream(context)
+        name = _metadata(context, "device")
+        yield from arrival.streaming(lambda: arrival.apply_device_state(name, request_iterator), context)
+
+    def SendMappings(
+        self, request_iterator: Iterator[migration_pb2.SendMappingsRequest], context: grpc.ServicerContext
+    ) -> Iterator[migration_pb2.SendMappingsResponse]:
+        """Apply mapping changes."""
+        arrival = self._of_stream(context)
+        yield from arrival.streaming(lambda: arrival.apply_mappings(request_iterator), context)
+
+    def Finish(
+        self, request: migration_pb2.FinishRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.FinishResponse:
+        """Load the rest."""
+        try:
+            return self._of(request.session_id).finish(request)
+        except (ClosedError, RequestError) as error:
+            raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", str(error)) from error
+
+    def Verify(
+        self, request: migration_pb2.VerifyRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.VerifyResponse:
+        """Compare."""
+        return self._of(request.session_id).verify(request)
+
+    def Commit(
+        self, request: migration_pb2.CommitRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.CommitResponse:
+        """Take the machine over."""
+        return self._of(request.session_id).commit(request)
+
+    def GetSession(
+        self, request: migration_pb2.GetSessionRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.GetSessionResponse:
+        """Look."""
+        arrival = self._arrival
+        if arrival is None or arrival.session_id != request.session_id:
+            return migration_pb2.GetSessionResponse()
+        return migration_pb2.GetSessionResponse(
+            state=arrival.state, machine_uuid=arrival.machine_uuid, guest_gap_us=arrival.guest_gap_us
+        )
+
+    def Resolve(
+        self, request: migration_pb2.ResolveRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.ResolveResponse:
+        """Decide: what is not committed by now is revoked, on disk, before it is answered."""
+        arrival = self._arrival
+        if arrival is not None and arrival.session_id == request.session_id:
+            try:
+                arrival.revoke("the source asked for a decision")
+            except ValueError:
+                return migration_pb2.ResolveResponse(state=arrival.state)
+            return migration_pb2.ResolveResponse(state=handover.REVOKED)
+        record = self._host.record()
+        if record is not None and record.session_id == request.session_id:
+            return migration_pb2.ResolveResponse(state=handover.COMMITTED)
+        self._host.record_revoked(request.session_id)
+        return migration_pb2.ResolveResponse(state=handover.REVOKED)
+
+    def Abort(self, request: migration_pb2.AbortRequest, context: grpc.ServicerContext) -> migration_pb2.AbortResponse:
+        """End the session."""
+        arrival = self._arrival
+        if arrival is not None and arrival.session_id == request.session_id:
+            try:
+                arrival.revoke(request.reason)
+            except ValueError as error:
+                raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "COMMITTED", str(error)) from error
+        return migration_pb2.AbortResponse()
+
+    def _of_stream(self, context: grpc.ServicerContext) -> Arrival:
+        return self._of(_metadata(context, "session-id"))
+
+    def _of(self, session_id: str) -> Arrival:
+        arrival = self._arrival
+        if arrival is None or arrival.session_id != session_id:
+            raise RefusalError(grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no such session is known here")
+        return arrival
+
+    def close(self) -> None:
+        """End an arrival that is not committed, in good order."""
+        if self._arrival is not None:
+            if self._arrival.state in (handover.PREPARING, handover.READY):
+                self._arrival.revoke("the destination was told to stop")
+            else:
+                self._arrival.close()
+
+
+def register(servicer: MigrationServicer, server: grpc.Server) -> None:
+    """Register the service; batches of pages stay bytes: protobuf would copy each megabyte once more."""
+    migration_pb2_grpc.add_MigrationServiceServicer_to_server(servicer, server)
+    pages: grpc.RpcMethodHandler[bytes, migration_pb2.SendPagesResponse] = grpc.stream_stream_rpc_method_handler(
+        servicer.SendPages,
+        request_deserializer=None,
+        response_serializer=migration_pb2.SendPagesResponse.SerializeToString,
+    )
+    # What is registered later under the same name is what is found.
+    server.add_registered_method_handlers(SERVICE, {"SendPages": pages})
+
+
+def _parse(message: object) -> PageBatch:
+    assert isinstance(message, bytes)
+    try:
+        return parse(message)
+    except ValueError as error:
+        raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"page batch: {error}") from error
+
+
+def _metadata(context: grpc.ServicerContext, key: str) -> str:
+    for name, value in context.invocation_metadata():
+        if name == key and isinstance(value, str):
+            return value
+    raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"metadata {key!r} is missing")

@@ -1,0 +1,98 @@
+"""Reading RAM back: the destination's half of the comparison.
+
+Digests are taken of guest RAM itself, pages that nobody sent included: the digest of a payload would prove the payload
+only. For a deferred verdict they must be complete before the machine runs, so chunks are read as soon as they have
+settled, and in the blackout only those that were written again.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+from switchover.v1 import migration_pb2
+
+from common.machine.device import Digest
+from common.memory.digest import DigestWorkers
+from common.memory.pages import Applier
+from common.memory.ram import GuestRam
+
+__all__ = ["Verifier", "compare_device"]
+
+SETTLE_SECONDS = 0.25
+NEVER_READ = -1
+
+
+class Verifier:
+    """Keeps a digest of each chunk, and knows which are out of date."""
+
+    def __init__(self, ram: GuestRam, applier: Applier, *, early: bool) -> None:
+        """Start to read settled chunks if `early`."""
+        self._workers = DigestWorkers(ram)
+        self._applier = applier
+        self._digests = np.zeros(ram.size // (2 << 20), np.uint64)
+        self._read_generation = np.full(self._digests.size, NEVER_READ, np.int64)
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._settler = threading.Thread(target=self._settle, name="settle", daemon=True)
+        if early:
+            self._settler.start()
+
+    def _settle(self) -> None:
+        before = self._generation()
+        while not self._ended.wait(SETTLE_SECONDS):
+            now = self._generation()
+            with self._lock:
+                self._read((now == before) & (now != self._read_generation) & (now > 0))
+            before = now
+
+    def _generation(self) -> npt.NDArray[np.int64]:
+        return self._applier.generation_of_chunk.astype(np.int64)
+
+    def _read(self, wanted: npt.NDArray[np.bool_]) -> None:
+        edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
+        for first, last in edges.reshape(-1, 2).tolist():
+            generation = self._generation()[first:last]
+            self._digests[first:last] = self._workers.chunks(first, last)
+            self._read_generation[first:last] = generation
+
+    def complete(self) -> None:
+        """Read every chunk that was written since it was read; nothing may be written from now on."""
+        self._ended.set()
+        with self._lock:
+            self._read(self._generation() != self._read_generation)
+
+    def read_all(self) -> None:
+        """Read everything, whatever was read before; nothing may be written from now on."""
+        self._ended.set()
+        with self._lock:
+            self._digests[:] = self._workers.chunks()
+
+    def compare(self, theirs: bytes) -> list[migration_pb2.ChunkMismatch]:
+        """Return the chunks that differ from the source's; raise ValueError if it sent no such digests."""
+        if len(theirs) != self._digests.nbytes:
+            raise ValueError(f"{len(theirs)} bytes of digests for {self._digests.size} chunks")
+        differ = np.flatnonzero(self._digests != np.frombuffer(theirs, "<u8"))
+        return [
+            migration_pb2.ChunkMismatch(chunk=chunk, page_digests=self._workers.pages(chunk).tobytes())
+            for chunk in differ.tolist()
+        ]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._ended.set()
+        if self._settler.is_alive():
+            self._settler.join()
+        self._workers.close()
+
+
+def compare_device(ours: Digest, theirs: migration_pb2.DeviceDigest) -> str | None:
+    """Return what differs between two readings of a device, None if nothing does."""
+    if ours.config != theirs.config:
+        return "config space"
+    if list(ours.bars) != list(theirs.bars):
+        return "BARs"
+    if ours.dump and theirs.dump and ours.dump != theirs.dump:
+        return "state dump"
+    return None

@@ -1,0 +1,1 @@
+"""The outgoing story: a machine leaves this host."""

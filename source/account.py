@@ -1,0 +1,152 @@
+"""What a migration tells of itself: progress while it runs, and the result at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from switchover.v1 import host_pb2, migration_pb2
+
+from common.host.events import Events
+from common.machine.client import DeviceInfo, Tracking
+from common.memory.layout import PAGE_SIZE
+from source.lanes import LaneStats
+from source.meter import Meter
+from source.policy import Decision, RoundFacts
+
+__all__ = ["Account"]
+
+PROGRESS_SECONDS = 0.2
+Part = Literal["pause", "quiesce", "last_sync", "last_ram", "devices", "verification", "handover", "start"]
+
+
+class Account:
+    """Keeps the result as it comes about, and publishes progress several times a second until `close`."""
+
+    def __init__(
+        self,
+        events: Events,
+        session_id: str,
+        request: host_pb2.MigrateRequest,
+        device_progress: Callable[[], Sequence[host_pb2.DeviceProgress]],
+    ) -> None:
+        self.meter = Meter()
+        self.facts: list[RoundFacts] = []
+        self.throttle_percent = 0
+        self.started_at = time.monotonic()
+        self.result = host_pb2.MigrationResult(
+            session_id=session_id,
+            destination=request.destination,
+            verify=migration_pb2.VerifyMode.Name(request.verify).removeprefix("VERIFY_MODE_").lower(),
+            verified="false",
+            guest_gap_ms=-1,
+        )
+        self._events = events
+        self._session_id = session_id
+        self._device_progress = device_progress
+        self._progress = host_pb2.Progress(expected_downtime_ms=-1)
+        self._ended = threading.Event()
+        self._teller = threading.Thread(target=self._tell_progress, name="progress", daemon=True)
+        self._teller.start()
+
+    def elapsed(self) -> float:
+        """Return the seconds since the migration was accepted."""
+        return time.monotonic() - self.started_at
+
+    def phase(self, name: str) -> None:
+        """Enter a phase: setup, precopy, switchover, handover, done, abort."""
+        self._progress.phase = name
+        self._events.publish(self._session_id, phase=name)
+
+    def say(self, message: str) -> None:
+        """Publish a line."""
+        self._events.publish(self._session_id, message=message)
+
+    def moves(self, machine_uuid: str, ram_bytes: int, devices: Sequence[DeviceInfo]) -> None:
+        """Note what is moved."""
+        self.result.machine_uuid = machine_uuid
+        self.result.ram.bytes = ram_bytes
+        self.result.devices.extend(
+            host_pb2.DeviceResult(name=device.name, kind=device.kind, verified="not verified") for device in devices
+        )
+
+    def tracks(self, trackings: Sequence[Tracking]) -> None:
+        """Note how DMA is tracked."""
+        self.result.dirty_tracking.extend(
+            host_pb2.TrackingResult(container=tracking.container, method=tracking.method, reason=tracking.reason)
+            for tracking in trackings
+        )
+
+    def reported(self, source: str, pages: int) -> None:
+        """Note that a collection found `pages` dirty pages in a container (or by the vCPUs, which is not noted)."""
+        for tracking in self.result.dirty_tracking:
+            if tracking.container == source:
+                tracking.dirty_pages += pages
+
+    def round_begins(self, number: int, pages: int) -> None:
+        """Start to count a round's acks."""
+        self._progress.round = number
+        self._progress.round_pages = pages
+        self.meter.round_pages = 0
+
+    def round_sent(self, stats: LaneStats, seconds: float) -> None:
+        """Note what a round has sent."""
+        self.meter.round_done(seconds, stats.sent_bytes)
+        ram = self.result.ram
+        ram.transferred_bytes += stats.sent_bytes
+        ram.pages += stats.pages
+        ram.zero_pages += stats.zero_pages
+
+    def round_decided(self, facts: RoundFacts, stats: LaneStats, decision: Decision) -> None:
+        """Note how a round ended and what follows."""
+        began = self.facts[-2].elapsed_s if len(self.facts) > 1 else self._precopy_began
+        self.result.rounds.append(
+            host_pb2.Round(
+                number=facts.number,
+                pages=stats.pages,
+                zero_pages=stats.zero_pages,
+                sent_bytes=stats.sent_bytes,
+                ms=(facts.elapsed_s - began) * 1000,
+                dirty_pages=facts.dirty_bytes // PAGE_SIZE,
+                throttle_percent=facts.throttle_percent,
+                decision=decision.reason,
+            )
+        )
+        expected = facts.expected_downtime_s
+        self._progress.expected_downtime_ms = expected * 1000 if expected < float("inf") else -1
+        self._progress.dirty_rate = facts.dirty_rate
+        self._progress.decision = decision.reason
+        self.throttle_percent = decision.throttle_percent
+        self._progress.throttle_percent = decision.throttle_percent
+        self.result.throttle_percent = max(self.result.throttle_percent, decision.throttle_percent)
+
+    def precopy_begins(self) -> None:
+        """Start the clock of round 0."""
+        self._precopy_began = self.elapsed()
+
+    @contextmanager
+    def downtime(self, part: Part) -> Iterator[None]:
+        """Measure a part of the downtime."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            setattr(self.result.downtime, part, (time.monotonic() - began) * 1000)
+
+    def _tell_progress(self) -> None:
+        while not self._ended.wait(PROGRESS_SECONDS):
+            self._progress.round_done_pages = self.meter.round_pages
+            self._progress.bandwidth = self.meter.current_bandwidth()
+            self._progress.sent_bytes = self.meter.total_bytes
+            del self._progress.devices[:]
+            self._progress.devices.extend(self._device_progress())
+            self._events.publish(self._session_id, progress=self._progress)
+
+    def close(self) -> None:
+        """Publish the result, which is the session's last event."""
+        self._ended.set()
+        self._teller.join()
+        self._events.publish(self._session_id, result=self.result)

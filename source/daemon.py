@@ -1,0 +1,33 @@
+"""The source daemon: runs a machine, and moves it away when told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from switchover.v1 import host_pb2, host_pb2_grpc
+
+from common.host.daemon import configure_logs, fail, serve
+from common.host.host import Host, HostError
+from common.machine.config import ConfigError, parse
+from source.service import SourceServicer
+
+__all__ = ["run"]
+
+
+def run(listen: str, machine: Path | None, state_dir: Path | None) -> int:
+    """Serve until a signal; return the exit code."""
+    configure_logs()
+    try:
+        spec = parse(machine) if machine is not None else None
+        host = Host("source", state_dir)
+    except (ConfigError, HostError, OSError) as error:
+        return fail(str(error))
+    servicer = SourceServicer(host)
+    return serve(
+        host,
+        listen,
+        lambda server: host_pb2_grpc.add_HostServiceServicer_to_server(servicer, server),
+        [host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name],
+        opening=lambda: host.open_machine(spec),
+        closing=servicer.close,
+    )

@@ -1,0 +1,50 @@
+"""What is remembered of each page, so that a page that differs can be explained.
+
+Bitmaps of what every round sent and of what every collection reported by whom, compressed: a bitmap of few dirty pages
+is almost nothing, so a long migration of a large machine still costs little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lz4.block
+import numpy as np
+
+from common.memory.bitmap import Words
+
+__all__ = ["History"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    label: str
+    packed: bytes
+
+    def has(self, page: int) -> bool:
+        words = np.frombuffer(lz4.block.decompress(self.packed), np.uint64)
+        return bool(int(words[page // 64]) >> (page % 64) & 1)
+
+
+class History:
+    """The rounds of a migration."""
+
+    def __init__(self) -> None:
+        self._sent: list[_Entry] = []
+        self._reported: list[_Entry] = []
+
+    def sent(self, number: int, words: Words) -> None:
+        """Remember what a round after round 0, which sends everything, sends."""
+        self._sent.append(_Entry(str(number), lz4.block.compress(words.tobytes())))
+
+    def reported(self, number: int, source: str, words: Words) -> None:
+        """Remember what a collection after round `number` was told by a source of dirty pages."""
+        self._reported.append(_Entry(f"after round {number}: {source}", lz4.block.compress(words.tobytes())))
+
+    def rounds_that_sent(self, page: int) -> list[int]:
+        """Return the numbers of the rounds that sent a page."""
+        return [0, *(int(entry.label) for entry in self._sent if entry.has(page))]
+
+    def reports_of(self, page: int) -> list[str]:
+        """Return who reported a page dirty, and when."""
+        return [entry.label for entry in self._reported if entry.has(page)]

@@ -1,0 +1,62 @@
+"""What is being sent, as it is acknowledged: for the policy, and for those who watch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+
+__all__ = ["Meter"]
+
+SHOWN_SECONDS = 1.0
+# A bandwidth that is worth deciding by: measured over at least this long (QEMU: BUFFER_DELAY) and this much.
+ENOUGH_SECONDS = 0.1
+ENOUGH_BYTES = 1 << 20
+
+
+class Meter:
+    """Counts acks. Any thread may call any method."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[float, int]] = deque()
+        self._rounds: deque[tuple[float, int]] = deque(maxlen=64)
+        self._estimate = 0.0
+        self.total_bytes = 0
+        self.round_pages = 0
+
+    def applied(self, pages: int, size: int) -> None:
+        """Count what an ack has acknowledged."""
+        now = time.monotonic()
+        with self._lock:
+            self.total_bytes += size
+            self.round_pages += pages
+            self._recent.append((now, size))
+            while self._recent[0][0] < now - SHOWN_SECONDS:
+                self._recent.popleft()
+
+    def round_done(self, seconds: float, size: int) -> None:
+        """Count a round of `size` bytes that took `seconds`."""
+        with self._lock:
+            self._rounds.append((seconds, size))
+            spent, sent = 0.0, 0
+            for round_seconds, round_size in reversed(self._rounds):
+                spent, sent = spent + round_seconds, sent + round_size
+                if spent >= ENOUGH_SECONDS and sent >= ENOUGH_BYTES:
+                    self._estimate = sent / spent
+                    return
+            if self._estimate == 0.0 and spent > 0.0:
+                self._estimate = sent / spent
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second, by the last rounds that were long enough to tell; 0: none has ended yet."""
+        return self._estimate
+
+    def current_bandwidth(self) -> float:
+        """Bytes per second in the last second."""
+        with self._lock:
+            if not self._recent:
+                return 0.0
+            span = max(time.monotonic() - self._recent[0][0], ENOUGH_SECONDS)
+            return sum(size for _, size in self._recent) / span

@@ -1,0 +1,520 @@
+"""The outgoing story: how a machine leaves this host.
+
+Read it from top to bottom: `run` is the table of contents, and the phases below it stand in the order in which they
+happen. Everything before COMMIT can be undone, and `_abort` undoes it: the machine then runs here as if nothing had
+happened. What is behind COMMIT cannot, and only the destination's word leads past it (source/handover.py).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import structlog
+from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
+
+from common import hooks
+from common.host.host import Host
+from common.ipc.channel import ClosedError, RequestError
+from common.machine.config import to_json
+from common.machine.device import Digest
+from common.machine.record import Ownership
+from common.memory import bitmap, runs
+from common.memory.bitmap import Words
+from common.memory.digest import DigestWorkers
+from common.memory.layout import PAGE_SIZE
+from common.rpc.channel import open_channel
+from common.rpc.errors import PeerError, peer_error
+from common.vfio.migration import MigrationFlags
+from source import handover, verdict
+from source.account import Account
+from source.clock import measure
+from source.history import History
+from source.lanes import LaneStats, PageLanes
+from source.limiter import Limiter
+from source.policy import Action, Limits, RoundFacts, decide
+from source.state_streams import DeviceStream, MappingStream
+from source.verdict import DataLossError
+
+__all__ = ["PROTOCOL_VERSION", "Migration"]
+
+PROTOCOL_VERSION = 1
+CALL_SECONDS = 20.0
+LONG_CALL_SECONDS = 120.0  # Prepare touches all RAM, Finish loads all devices, Verify reads all RAM
+RESOLVE_SECONDS = 1.0
+GUEST_GAP_SECONDS = 1.0
+WAIT_SECONDS = 0.02
+
+_log = structlog.get_logger()
+Verify = migration_pb2.VerifyMode
+
+
+class CancelledError(Exception):
+    """The operator has cancelled the migration."""
+
+
+class NotConvergedError(Exception):
+    """A limit was reached before the machine could be switched over within the accepted downtime."""
+
+
+class RevokedError(Exception):
+    """The destination has decided that it does not take the machine."""
+
+
+class Migration:
+    """One attempt to move the machine. `run` is called once; `cancel` at any time, from any thread."""
+
+    def __init__(self, host: Host, request: host_pb2.MigrateRequest, session_id: str) -> None:
+        """Take a request whose defaults are filled in (`source.service`)."""
+        assert host.machine is not None
+        self.session_id = session_id
+        self._host = host
+        self._request = request
+        self._address = request.destination
+        self._limits = Limits(
+            max_downtime_s=request.max_downtime_ms / 1000,
+            timeout_s=request.timeout_s or None,
+            max_rounds=request.max_rounds or None,
+            switch_over_at_limit=request.on_timeout == host_pb2.ON_TIMEOUT_SWITCH_OVER,
+            auto_converge=request.auto_converge,
+        )
+        self._limiter = Limiter(request.bandwidth_limit or None)
+        self._history = History()
+        self._cancelled = threading.Event()
+        self._ownership = Ownership.OWNER
+        self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="migration")
+        self._streams: list[DeviceStream] = []
+        self._lanes: PageLanes | None = None
+        self._mappings: MappingStream | None = None
+        self._digesters: DigestWorkers | None = None
+        self._prepared = False
+        self._machine = host.machine.another()
+        self._channel = open_channel(self._address)
+        self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
+        self._account = Account(
+            host.events, session_id, request, lambda: [stream.progress() for stream in self._streams]
+        )
+
+    def cancel(self) -> None:
+        """End the migration; without effect once COMMIT may have been sent."""
+        self._cancelled.set()
+        if self._ownership is Ownership.OWNER and self._lanes is not None:
+            self._lanes.interrupt(CancelledError("cancelled by the operator"))
+
+    def run(self) -> None:
+        """Move the machine. Whatever fails, somebody owns it at the end, and the result says what happened."""
+        try:
+            self._setup()
+            self._precopy()
+            self._switchover()
+            self._handover()
+            self._after()
+        except Exception as error:  # noqa: BLE001  # every failure ends in a result, and in an owner
+            self._fail(error)
+        finally:
+            self._close()
+
+    # setup: the destination builds an empty machine; tracking starts.
+
+    def _setup(self) -> None:
+        self._account.phase("setup")
+        machine = self._machine
+        spec = machine.spec()
+        self._running = machine.begin(self.session_id)
+        self._ram = machine.ram(writable=False)
+        devices = machine.devices()
+        self._account.moves(spec.uuid or "", self._ram.size, devices)
+        if self._request.verify != Verify.VERIFY_MODE_OFF:
+            self._digesters = DigestWorkers(self._ram)
+        record = self._host.record()
+        assert record is not None
+        self._incarnation = record.incarnation + 1
+        data_first, data_pages = self._ram.data_runs()
+        with self._calling():
+            prepared = self._stub.Prepare(
+                migration_pb2.PrepareRequest(
+                    session_id=self.session_id,
+                    protocol_version=PROTOCOL_VERSION,
+                    machine_uuid=spec.uuid or "",
+                    incarnation=self._incarnation,
+                    machine_json=to_json(spec),
+                    data_first=data_first.tolist(),
+                    data_pages=data_pages.tolist(),
+                    lanes=self._request.lanes,
+                    verify=self._request.verify,
+                ),
+                timeout=LONG_CALL_SECONDS,
+            )
+            self._prepared = True
+            self._clock = measure(
+                lambda: self._stub.ReadClock(migration_pb2.ReadClockRequest(), timeout=CALL_SECONDS).monotonic_ns
+            )
+        self._check()
+        self._account.tracks(machine.start_tracking())
+        machine.enter_precopy()
+        self._lanes = PageLanes(
+            self._address,
+            self.session_id,
+            self._ram,
+            self._request.lanes,
+            self._limiter,
+            compress=self._request.compress,
+            on_applied=self._account.meter.applied,
+        )
+        self._mappings = MappingStream(self._stub, self.session_id)
+        self._mappings.send(machine.mapping_changes())
+        peers = {device.name: device.migration_flags for device in prepared.devices}
+        for device in devices:
+            loads_ahead = device.has_precopy and bool(peers[device.name] & MigrationFlags.PRE_COPY)
+            self._streams.append(
+                DeviceStream(self._address, self.session_id, device, machine.another(), self._limiter, loads_ahead)
+            )
+
+    # precopy: round 0 sends all of RAM, each later one what was dirtied meanwhile; devices send what they can.
+
+    def _precopy(self) -> None:
+        self._account.phase("precopy")
+        hooks.reach("source.precopy")
+        self._account.precopy_begins()
+        for stream in self._streams:
+            stream.start()
+        pages = runs.one(0, self._ram.layout.pages)
+        number = 0
+        while True:
+            stats = self._send_round(number, pages)
+            self._send_mappings()
+            self._dirty = self._sync(number)
+            facts = self._look(number, stats)
+            decision = decide(self._account.facts, self._limits)
+            self._account.round_decided(facts, stats, decision)
+            self._check()
+            if decision.action is Action.SWITCH_OVER:
+                return
+            if decision.action is Action.GIVE_UP:
+                raise NotConvergedError(decision.reason)
+            if decision.action is Action.THROTTLE:
+                self._machine.throttle(decision.throttle_percent)
+            elif not facts.dirty_bytes:
+                self._cancelled.wait(WAIT_SECONDS)
+            number += 1
+            pages = bitmap.runs_of(self._dirty)
+            self._history.sent(number, self._dirty)
+
+    def _send_round(self, number: int, pages: runs.Runs) -> LaneStats:
+        hooks.reach(f"source.round{number}")
+        assert self._lanes is not None
+        self._account.round_begins(number, runs.total(pages))
+        began = time.monotonic()
+        stats = self._lanes.send(pages, self._ram.data_runs(pages), number)
+        self._account.round_sent(stats, time.monotonic() - began)
+        return stats
+
+    def _send_mappings(self) -> None:
+        assert self._mappings is not None
+        self._mappings.send(self._machine.mapping_changes())
+
+    def _sync(self, number: int) -> Words:
+        """Collect what was dirtied, and remember who said so."""
+        report = self._machine.sync()
+        for source, words in report.sources.items():
+            self._history.reported(number, source, words)
+            self._account.reported(source, bitmap.count(words))
+        return report.union()
+
+    def _look(self, number: int, stats: LaneStats) -> RoundFacts:
+        account = self._account
+        elapsed = account.elapsed()
+        since = account.facts[-1].elapsed_s if account.facts else 0.0
+        dirty_bytes = bitmap.count(self._dirty) * PAGE_SIZE
+        facts = RoundFacts(
+            number=number,
+            elapsed_s=elapsed,
+            sent_bytes=stats.sent_bytes,
+            dirty_bytes=dirty_bytes,
+            dirty_rate=dirty_bytes / (elapsed - since),
+            device_bytes=sum(stream.remaining() for stream in self._streams),
+            bandwidth=account.meter.bandwidth,
+            initial_data_loaded=not self._running or all(stream.initial_data_loaded for stream in self._streams),
+            throttle_percent=account.throttle_percent,
+        )
+        account.facts.append(facts)
+        return facts
+
+    # switchover: the machine stands still, and all that is left of it goes over.
+
+    def _switchover(self) -> None:
+        for stream in self._streams:
+            stream.end_precopy()
+        self._account.phase("switchover")
+        hooks.reach("source.switchover")
+        self._stopped_at = time.monotonic()
+        with self._account.downtime("pause"):
+            self._machine.pause_vcpus()
+        with self._account.downtime("quiesce"):
+            self._machine.quiesce()
+        hooks.reach("source.stopped")
+        last_bytes = [self._pool.submit(stream.stop_copy) for stream in self._streams]
+        if self._request.verify == Verify.VERIFY_MODE_STRICT:
+            self._start_reading()
+        number = len(self._account.facts)
+        with self._account.downtime("last_sync"):
+            last = self._dirty | self._sync(number - 1)
+        with self._account.downtime("last_ram"):
+            self._history.sent(number, last)
+            stats = self._send_round(number, bitmap.runs_of(last))
+            self._account.result.ram.downtime_bytes = stats.sent_bytes
+        with self._account.downtime("devices"):
+            for sent in last_bytes:
+                sent.result()
+            self._send_mappings()
+            self._finish()
+        if self._request.verify == Verify.VERIFY_MODE_STRICT:
+            with self._account.downtime("verification"):
+                self._compare()
+        self._check()
+
+    def _finish(self) -> None:
+        assert self._lanes is not None
+        assert self._mappings is not None
+        rest = self._machine.rest()
+        # The guest's clock goes on where it stopped, on a host whose own clock counts from another moment.
+        rest.vcpu["clock_offset_ns"] -= self._clock.offset_ns
+        last_record = {stream.device.name: stream.sequence for stream in self._streams}
+        with self._calling():
+            self._stub.Finish(
+                migration_pb2.FinishRequest(
+                    session_id=self.session_id,
+                    vcpu_json=json.dumps(rest.vcpu),
+                    devices=[
+                        migration_pb2.DeviceConfig(
+                            name=device.name,
+                            record_sequence=last_record[device.name],
+                            config_space=device.config_space,
+                            pending_vectors=device.pending.vectors,
+                            pending_doorbells=device.pending.doorbells,
+                        )
+                        for device in rest.devices
+                    ],
+                    paused=not self._running,
+                    lane_sequences=self._lanes.sequences,
+                    mapping_sequence=self._mappings.sequence,
+                ),
+                timeout=LONG_CALL_SECONDS,
+            )
+
+    # verification: all of the stopped RAM is read, whatever any log has said of it.
+
+    def _start_reading(self) -> None:
+        assert self._digesters is not None
+        self._reading = self._pool.submit(self._digesters.chunks)
+
+    def _compare(self) -> None:
+        assert self._digesters is not None
+        names = [stream.device.name for stream in self._streams]
+        digests = self._pool.map(self._digest, names)
+        devices = [verdict.device_digest(name, digest) for name, digest in zip(names, digests, strict=True)]
+        self._digests: npt.NDArray[np.uint64] = self._reading.result()
+        with self._calling():
+            response = self._stub.Verify(
+                migration_pb2.VerifyRequest(
+                    session_id=self.session_id, chunk_digests=self._digests.tobytes(), devices=devices
+                ),
+                timeout=LONG_CALL_SECONDS,
+            )
+        result = self._account.result
+        verdict.judge_memory(
+            response.mismatches, self._digesters.pages, self._ram.layout, self._history, self._machine.explain, result
+        )
+        verdict.judge_devices(response, result)
+
+    def _digest(self, name: str) -> Digest:
+        machine = self._machine.another()
+        try:
+            return machine.digest(name)
+        finally:
+            machine.close()
+
+    # handover: the record first, then COMMIT, and from then on only the destination's word counts.
+
+    def _handover(self) -> None:
+        self._account.phase("handover")
+        hooks.reach("source.handover")
+        began = time.monotonic()
+        self._decide(handover.Event.BEGIN)
+        start_ms = self._commit()
+        self._decide(handover.Event.COMMITTED)
+        now = time.monotonic()
+        result = self._account.result
+        result.downtime.start = start_ms
+        result.downtime.handover = (now - began) * 1000 - start_ms
+        result.downtime_ms = (now - self._stopped_at) * 1000
+        result.total_ms = (now - self._account.started_at) * 1000
+        self._account.say(f"the machine is at {self._address}")
+
+    def _decide(self, event: handover.Event) -> None:
+        state = handover.after(self._ownership, event)
+        self._machine.record(state, session_id=self.session_id, peer=self._address)
+        self._ownership = state
+
+    def _commit(self) -> float:
+        """Return how long the destination took to start the machine, in milliseconds; 0 if it could not be asked."""
+        try:
+            with self._calling():
+                response = self._stub.Commit(
+                    migration_pb2.CommitRequest(session_id=self.session_id, incarnation=self._incarnation),
+                    timeout=CALL_SECONDS,
+                )
+        except PeerError as error:
+            _log.warning("COMMIT was not answered", reason=error.reason, message=str(error))
+            self._resolve()
+            return 0.0
+        return response.start_us / 1000
+
+    def _resolve(self) -> None:
+        """Ask until the destination says who owns the machine; raise `RevokedError` if it does not."""
+        request = migration_pb2.ResolveRequest(
+            session_id=self.session_id, machine_uuid=self._account.result.machine_uuid
+        )
+        while True:
+            try:
+                with self._calling():
+                    state = self._stub.Resolve(request, timeout=CALL_SECONDS).state
+            except PeerError as error:
+                self._account.say(f"who owns the machine is not known until the destination answers: {error}")
+                time.sleep(RESOLVE_SECONDS)
+                continue
+            if state == migration_pb2.SESSION_STATE_REVOKED:
+                self._decide(handover.Event.REVOKED)
+                raise RevokedError("the destination did not commit; the machine goes on here")
+            return
+
+    # done: the verdict, then the machine's copy here is let go.
+
+    def _after(self) -> None:
+        result = self._account.result
+        result.guest_gap_ms = self._guest_gap_ms()
+        result.guest_gap_error_ms = self._clock.error_ns / 1e6
+        if self._request.verify == Verify.VERIFY_MODE_DEFERRED:
+            self._start_reading()
+            self._compare()
+        if self._digesters is not None:
+            verdict.check_unchanged(self._digests, self._digesters.chunks())
+        assert self._mappings is not None
+        result.mappings = self._mappings.mappings
+        result.result = "completed"
+        self._close_streams(abort=False)
+        self._host.drop_machine()
+        self._account.phase("done")
+
+    def _guest_gap_ms(self) -> float:
+        deadline = time.monotonic() + GUEST_GAP_SECONDS
+        request = migration_pb2.GetSessionRequest(session_id=self.session_id)
+        while self._running and time.monotonic() < deadline:
+            with self._calling():
+                session = self._stub.GetSession(request, timeout=CALL_SECONDS)
+            if session.HasField("guest_gap_us"):
+                return session.guest_gap_us / 1000
+            time.sleep(WAIT_SECONDS)
+        return -1.0
+
+    # When it does not go well.
+
+    def _fail(self, error: Exception) -> None:
+        result = self._account.result
+        before_commit = self._ownership is Ownership.OWNER
+        if before_commit and self._cancelled.is_set():
+            error = CancelledError("cancelled by the operator")
+        result.result = "cancelled" if isinstance(error, CancelledError) else "failed"
+        result.verified = "false"
+        result.reason, result.error = _explain(error)
+        if result.reason == "INTERNAL":
+            _log.error("migration failed", session=self.session_id, exc_info=error)
+        if before_commit:
+            self._abort(result.error)
+        elif isinstance(error, DataLossError) and not self._request.continue_on_mismatch:
+            self._pause_there()
+
+    def _abort(self, why: str) -> None:
+        """Undo everything: afterwards the machine runs here as if nothing had happened."""
+        self._account.phase("abort")
+        self._close_streams(abort=True)
+        if self._prepared:
+            try:
+                self._stub.Abort(
+                    migration_pb2.AbortRequest(session_id=self.session_id, reason=why), timeout=CALL_SECONDS
+                )
+            except grpc.RpcError as error:
+                _log.warning("the destination could not be told", message=str(peer_error(error)))
+        try:
+            self._machine.end()
+        except (ClosedError, RequestError) as error:
+            _log.error("the machine did not take the end of the migration", message=str(error))
+
+    def _pause_there(self) -> None:
+        """Pause a machine that runs at the destination with memory that differs; its copy here is kept."""
+        try:
+            host_pb2_grpc.HostServiceStub(self._channel).Pause(host_pb2.PauseRequest(), timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            _log.error("the machine could not be paused at the destination", message=str(peer_error(error)))
+        else:
+            self._account.say(f"the machine is paused at {self._address}; its copy here is kept")
+
+    def _close_streams(self, *, abort: bool) -> None:
+        for stream in self._streams:
+            stream.close(abort=abort)
+        if self._mappings is not None:
+            self._mappings.close(abort=abort)
+        if self._lanes is not None:
+            self._lanes.close(abort=abort)
+        self._streams, self._mappings, self._lanes = [], None, None
+
+    def _close(self) -> None:
+        self._close_streams(abort=True)
+        if self._digesters is not None:
+            self._digesters.close()
+        self._pool.shutdown()
+        self._channel.close()
+        self._machine.close()
+        self._account.close()
+
+    # What every phase uses.
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise CancelledError("cancelled by the operator")
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Name the destination in whatever a call to it fails with."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            failure = peer_error(error)
+            raise PeerError(failure.reason, f"{self._address}: {failure}", failure.code) from error
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """Return the reason, for programs, and the sentence, for people, of a failure."""
+    match error:
+        case CancelledError():
+            return "CANCELLED", str(error)
+        case NotConvergedError():
+            return "NOT_CONVERGED", str(error)
+        case DataLossError():
+            return "DATA_LOSS", str(error)
+        case RevokedError():
+            return "REVOKED", str(error)
+        case PeerError() | RequestError():
+            return error.reason, str(error)
+        case ClosedError():
+            return "MACHINE_GONE", "the machine process has ended"
+        case OSError():
+            return "IO", str(error)
+    return "INTERNAL", f"{type(error).__name__}: {error}"

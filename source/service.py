@@ -1,0 +1,79 @@
+"""HostService of a source: the machine can be moved away."""
+
+from __future__ import annotations
+
+import threading
+from uuid import uuid4
+
+import grpc
+from switchover.v1 import host_pb2, migration_pb2
+
+from common.host.host import Host
+from common.host.service import HostServicer
+from common.rpc.errors import RefusalError
+from source.migration import Migration
+
+__all__ = ["SourceServicer"]
+
+DEFAULT_DOWNTIME_MS = 300.0
+MAX_LANES = 64
+
+
+class SourceServicer(HostServicer):
+    """Adds Migrate and Cancel."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self._migration: Migration | None = None
+        self._thread: threading.Thread | None = None
+
+    def Migrate(self, request: host_pb2.MigrateRequest, context: grpc.ServicerContext) -> host_pb2.MigrateResponse:
+        """Check that the machine can leave, and start it on its way."""
+        _check(request)
+        machine = self.host.require_machine()
+        blockers = machine.describe().blockers
+        if blockers:
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "BLOCKED", "; ".join(blockers))
+        request.verify = request.verify or migration_pb2.VERIFY_MODE_STRICT
+        request.max_downtime_ms = request.max_downtime_ms or DEFAULT_DOWNTIME_MS
+        request.lanes = request.lanes or 1
+        session_id = uuid4().hex
+        self.host.begin_migration(session_id)
+        self._migration = Migration(self.host, request, session_id)
+        self._thread = threading.Thread(target=self._run, args=(self._migration,), name="migration")
+        self._thread.start()
+        return host_pb2.MigrateResponse(session_id=session_id)
+
+    def _run(self, migration: Migration) -> None:
+        try:
+            migration.run()
+        finally:
+            self.host.end_migration()
+
+    def Cancel(self, request: host_pb2.CancelRequest, context: grpc.ServicerContext) -> host_pb2.CancelResponse:
+        """End the migration that runs."""
+        migration = self._migration
+        if migration is None or not self.host.migrating or request.session_id not in ("", migration.session_id):
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NO_MIGRATION", "no such migration runs here")
+        migration.cancel()
+        return host_pb2.CancelResponse()
+
+    def close(self) -> None:
+        """End a migration that runs, in good order: the machine goes on here, or is the destination's."""
+        if self._migration is not None:
+            self._migration.cancel()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _check(request: host_pb2.MigrateRequest) -> None:
+    host, separator, port = request.destination.rpartition(":")
+    wrong = None
+    if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
+        wrong = f"destination {request.destination!r} is not HOST:PORT"
+    elif min(request.max_downtime_ms, request.bandwidth_limit, request.timeout_s) < 0:
+        wrong = "limits cannot be negative"
+    elif request.lanes > MAX_LANES:
+        wrong = f"at most {MAX_LANES} lanes"
+    if wrong is not None:
+        raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", wrong)

@@ -1,0 +1,266 @@
+"""Streams of small ordered records: a device's migration data, and the changes of the mappings.
+
+Both are the same thing: requests numbered from 1, acks that mean applied, an end that waits for the last of them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
+
+from common.machine.client import Changes, DeviceInfo, MachineClient, MappingChange
+from common.rpc.channel import open_bulk_channel
+from common.rpc.errors import peer_error
+from source.limiter import Limiter
+
+__all__ = ["DeviceStream", "MappingStream"]
+
+Kind = migration_pb2.DeviceStateKind
+READ_SIZE = 1 << 20
+QUEUED_RECORDS = 4
+IDLE_SECONDS = 0.02
+
+
+class _Ack(Protocol):
+    @property
+    def applied_sequence(self) -> int: ...
+
+
+Request = TypeVar("Request")
+Response = TypeVar("Response", bound=_Ack)
+
+
+class _Stream(Generic[Request, Response]):
+    """One bidirectional stream; `send` numbers, `drain` waits until everything is applied."""
+
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        metadata: list[tuple[str, str]],
+        on_ack: Callable[[Response], None] = lambda _: None,
+    ) -> None:
+        self._queue: queue.Queue[Request | None] = queue.Queue(QUEUED_RECORDS)
+        self._changed = threading.Condition()
+        self._failure: Exception | None = None
+        self._on_ack = on_ack
+        self.sequence = 0
+        self._applied = 0
+        self._responses = method(self._requests(), metadata=metadata)
+        self._acks = threading.Thread(target=self._take_acks, name="acks", daemon=True)
+        self._acks.start()
+
+    def _requests(self) -> Iterator[Request]:
+        while (request := self._queue.get()) is not None:
+            yield request
+
+    def _take_acks(self) -> None:
+        try:
+            for response in self._responses:
+                self._on_ack(response)
+                with self._changed:
+                    self._applied = response.applied_sequence
+                    self._changed.notify_all()
+            failure: Exception = ConnectionError("the destination has ended a stream")
+        except grpc.RpcError as error:
+            failure = peer_error(error)
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
+
+    def next_sequence(self) -> int:
+        self.sequence += 1
+        return self.sequence
+
+    def send(self, request: Request) -> None:
+        while True:
+            self.check()
+            try:
+                self._queue.put(request, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def check(self) -> None:
+        """Raise what has ended the stream, if anything has."""
+        if self._failure is not None:
+            raise self._failure
+
+    def drain(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._applied == self.sequence)
+            if self._applied != self.sequence:
+                self.check()
+
+    def close(self, *, abort: bool) -> None:
+        if abort or self._failure is not None:
+            self._responses.cancel()
+        else:
+            self._queue.put(None)
+        self._acks.join()
+
+
+class MappingStream:
+    """Carries the changes of DMA mappings."""
+
+    def __init__(self, stub: migration_pb2_grpc.MigrationServiceStub, session_id: str) -> None:
+        self._stream: _Stream[migration_pb2.SendMappingsRequest, migration_pb2.SendMappingsResponse] = _Stream(
+            stub.SendMappings, [("session-id", session_id)]
+        )
+        self.mappings = 0
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last batch."""
+        return self._stream.sequence
+
+    def send(self, changes: Changes) -> None:
+        """Send what has changed; return when vIOMMU and devices of the destination have it."""
+        if not changes:
+            return
+        self._stream.send(
+            migration_pb2.SendMappingsRequest(
+                sequence=self._stream.next_sequence(),
+                removed=[_range(change) for change in changes.removed],
+                added=[
+                    migration_pb2.Mapping(
+                        range=_range(change), gpa=change.gpa, readable=change.readable, writable=change.writable
+                    )
+                    for change in changes.added
+                ],
+            )
+        )
+        self.mappings += len(changes.added)
+        self._stream.drain()
+
+    def close(self, *, abort: bool) -> None:
+        """End the stream."""
+        self._stream.close(abort=abort)
+
+
+def _range(change: MappingChange) -> migration_pb2.MappingRange:
+    return migration_pb2.MappingRange(container=change.container, iova=change.iova, size=change.size)
+
+
+class DeviceStream:
+    """Carries one device's migration data, beside everything else, from PRE_COPY to the last byte of STOP_COPY."""
+
+    def __init__(
+        self,
+        address: str,
+        session_id: str,
+        device: DeviceInfo,
+        machine: MachineClient,
+        limiter: Limiter,
+        loads_ahead: bool,  # noqa: FBT001  # the one thing that differs between streams
+    ) -> None:
+        """Open the stream. `machine` is a connection of its own; `loads_ahead`: both ends have pre-copy."""
+        self.device = device
+        self._machine = machine
+        self._limiter = limiter
+        self._channel = open_bulk_channel(address)
+        self._stream: _Stream[migration_pb2.SendDeviceStateRequest, migration_pb2.SendDeviceStateResponse] = _Stream(
+            migration_pb2_grpc.MigrationServiceStub(self._channel).SendDeviceState,
+            [("session-id", session_id), ("device", device.name)],
+            self._take_ack,
+        )
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._precopy, name=f"{device.name} precopy", daemon=True)
+        self.failure: Exception | None = None
+        self.precopy_bytes = 0
+        self.stop_copy_bytes = 0
+        self._pending_bytes = 0
+        self._stop_copy_length = -1
+        self._init_data_sent = False
+        self.initial_data_loaded = not loads_ahead
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last record."""
+        return self._stream.sequence
+
+    def _take_ack(self, response: migration_pb2.SendDeviceStateResponse) -> None:
+        if response.initial_data_loaded:
+            self.initial_data_loaded = True
+
+    def start(self) -> None:
+        """Start to read and send what the device offers in PRE_COPY."""
+        if self.device.has_precopy:
+            self._thread.start()
+
+    def _precopy(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                data = self._machine.read_device(self.device.name, READ_SIZE)
+                if data:
+                    self._send(Kind.DEVICE_STATE_KIND_PRECOPY_DATA, bytes(data))
+                    self.precopy_bytes += len(data)
+                sizes = self._machine.sizes(self.device.name)
+                self._pending_bytes = (sizes.initial_bytes or 0) + (sizes.dirty_bytes or 0)
+                # A device that cannot say how much initial data it has, has sent it when it first has nothing to read.
+                loaded = not data if sizes.initial_bytes is None else sizes.initial_bytes == 0
+                if loaded and not self._init_data_sent:
+                    self._init_data_sent = True
+                    self._send(Kind.DEVICE_STATE_KIND_INIT_DATA_SENT)
+                if not data:
+                    self._stopping.wait(IDLE_SECONDS)
+                self._stream.check()
+        except Exception as error:  # noqa: BLE001  # a thread's failure belongs to the story, which looks at `failure`
+            self.failure = error
+
+    def _send(self, kind: migration_pb2.DeviceStateKind.ValueType, data: bytes = b"") -> None:
+        self._limiter.take(len(data))
+        self._stream.send(
+            migration_pb2.SendDeviceStateRequest(sequence=self._stream.next_sequence(), kind=kind, data=data)
+        )
+
+    def remaining(self) -> int:
+        """Ask what the device would have to send if it stopped now, in bytes; raise what went wrong in pre-copy.
+
+        A device that cannot say counts as nothing: to wait for an unknown would be to wait for ever.
+        """
+        if self.failure is not None:
+            raise self.failure
+        length = self._machine.sizes(self.device.name).stop_copy_length
+        self._stop_copy_length = -1 if length is None else length
+        return length or 0
+
+    def progress(self) -> host_pb2.DeviceProgress:
+        """Return how far it is."""
+        return host_pb2.DeviceProgress(
+            name=self.device.name,
+            sent_bytes=self.precopy_bytes + self.stop_copy_bytes,
+            pending_bytes=self._pending_bytes,
+            stop_copy_length=self._stop_copy_length,
+            initial_data_loaded=self.initial_data_loaded,
+        )
+
+    def end_precopy(self) -> None:
+        """Stop reading in PRE_COPY; raise what went wrong there."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def stop_copy(self) -> None:
+        """Send all that is left of a stopped device; return when the destination's device has taken it."""
+        while data := self._machine.read_device(self.device.name, READ_SIZE):
+            self._send(Kind.DEVICE_STATE_KIND_STOP_COPY_DATA, bytes(data))
+            self.stop_copy_bytes += len(data)
+        self._send(Kind.DEVICE_STATE_KIND_END)
+        self._stream.drain()
+        self._machine.leave_stop_copy(self.device.name)
+
+    def close(self, *, abort: bool) -> None:
+        """End the stream."""
+        self._stopping.set()
+        self._stream.close(abort=abort)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._channel.close()
+        self._machine.close()

@@ -1,0 +1,92 @@
+"""The verifier's verdict: what was compared, and for a page that differs who could have written it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+from switchover.v1 import host_pb2, migration_pb2
+
+from common.machine.device import Digest
+from common.memory.layout import CHUNK_PAGES, PAGE_SIZE, Layout
+from source.history import History
+
+__all__ = ["DataLossError", "check_unchanged", "device_digest", "judge_devices", "judge_memory"]
+
+EXPLAINED_PAGES = 16
+Digests = npt.NDArray[np.uint64]
+
+
+class DataLossError(Exception):
+    """What arrived is not what was here."""
+
+
+def device_digest(name: str, digest: Digest) -> migration_pb2.DeviceDigest:
+    """Return a device's digest for the wire."""
+    return migration_pb2.DeviceDigest(
+        name=name, config=digest.config, bars=digest.bars, dump=digest.dump, compared=digest.compared
+    )
+
+
+def judge_memory(
+    mismatches: Iterable[migration_pb2.ChunkMismatch],
+    page_digests: Callable[[int], Digests],
+    layout: Layout,
+    history: History,
+    dma_writers: Callable[[int], list[str]],
+    result: host_pb2.MigrationResult,
+) -> None:
+    """Name the pages that differ, with their history; raise `DataLossError` if there are any.
+
+    `page_digests` reads a chunk of our RAM page by page; `dma_writers` says who could have written a page by DMA.
+    """
+    pages: list[int] = []
+    for mismatch in mismatches:
+        theirs = np.frombuffer(mismatch.page_digests, "<u8")
+        differ = np.flatnonzero(page_digests(mismatch.chunk) != theirs)
+        pages += (mismatch.chunk * CHUNK_PAGES + differ).tolist()
+    if not pages:
+        return
+    result.mismatched_pages = len(pages)
+    result.mismatches.extend(
+        host_pb2.PageMismatch(
+            page=page,
+            gpa=layout.gpa_of(page * PAGE_SIZE),
+            sent_in_rounds=history.rounds_that_sent(page),
+            reported=history.reports_of(page),
+            could_have_written=["vcpu", *dma_writers(page)],
+        )
+        for page in pages[:EXPLAINED_PAGES]
+    )
+    first = result.mismatches[0]
+    writers = ", ".join(first.could_have_written)
+    raise DataLossError(
+        f"{len(pages)} pages at the destination differ from the source's, the first at GPA {first.gpa:#x}; "
+        f"it could have been written by: {writers}"
+    )
+
+
+def judge_devices(response: migration_pb2.VerifyResponse, result: host_pb2.MigrationResult) -> None:
+    """Note for each device how it was verified; raise `DataLossError` if one differs."""
+    differing = {mismatch.name: mismatch.what for mismatch in response.devices}
+    for device in result.devices:
+        if device.name in differing:
+            device.verified = "differs"
+        else:
+            device.verified = "compared" if device.name in response.compared_devices else "transport"
+    if differing:
+        named = ", ".join(f"{name} ({what})" for name, what in differing.items())
+        raise DataLossError(f"devices at the destination differ from the source's: {named}")
+    all_compared = all(device.verified == "compared" for device in result.devices)
+    result.verified = "true" if all_compared else "transport"
+
+
+def check_unchanged(stopped: Digests, later: Digests) -> None:
+    """Compare two readings of RAM that should have stood still; raise `DataLossError` if it did not."""
+    changed = np.flatnonzero(stopped != later)
+    if changed.size:
+        raise DataLossError(
+            f"{changed.size} chunks of 2 MiB of the stopped machine's RAM changed after the last transfer, "
+            f"the first is chunk {changed[0]}: a device wrote after it was stopped"
+        )
