@@ -36,7 +36,7 @@ from console.exit_codes import ExitCode, exit_code_of
 from console.migration import migrate
 from console.progress import open_progress
 from console.report import report
-from console.status import counters_of
+from console.status import programs_table
 from console.summary import print_summary
 
 __all__ = ["corpus", "machine_file", "ram_size", "run"]
@@ -191,11 +191,12 @@ def _introduce(console: Console, machine: Machine) -> None:
 
 
 def _tell_how_it_goes_on(console: Console, before: Machine, after: Machine) -> None:
+    console.print()
     _say(console, f"The machine is {after.state}. What its programs have counted since they were started at A:")
+    console.print(programs_table(after))
     for program in after.programs:
-        _say(console, f"  {program.name:14} {counters_of(program)}")
         for error in program.errors:
-            _say(console, f"  {program.name:14} has found an error: {error}", "bold red")
+            _say(console, f"{program.name} has found an error: {error}", "bold red")
     if after.programs and not any(program.errors for program in after.programs):
         _say(console, "None of them has found a wrong byte.")
     if len(after.programs) < len(before.programs):

@@ -119,6 +119,8 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
 
     def _picture(self) -> Group:
         progress = self._progress
+        if not progress.round_pages:
+            return Group(Text(printable(self._phase), style="bold cyan"))
         head = Text.assemble((printable(self._phase), "bold cyan"), "  ", "  ".join(_facts(progress)))
         bar = ProgressBar(max(progress.round_pages, 1), progress.round_done_pages, width=BAR_WIDTH)
         devices = Table("device", "state", "sent", "to read now", "if stopped now", "initial data", box=None)

@@ -7,12 +7,12 @@ from datetime import datetime
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from switchover.v1.host_pb2 import GetMachineResponse, GuestProgram, Machine, WatchEventsResponse
+from switchover.v1.host_pb2 import GetMachineResponse, Machine, WatchEventsResponse
 
 from common.machine.quantities import format_duration, format_rate, format_size
 from console.daemon import printable
 
-__all__ = ["counters_of", "event_line", "print_status"]
+__all__ = ["event_line", "print_status", "programs_table"]
 
 
 def print_status(console: Console, address: str, status: GetMachineResponse) -> None:
@@ -48,9 +48,14 @@ def event_line(event: WatchEventsResponse) -> str:
     return printable(f"{moment}  {event.session_id[:8] or '-':8}  {_event_text(event)}")
 
 
-def counters_of(program: GuestProgram) -> str:
-    """Return a program's counters as text, for example "bytes 1,500 packets 1"."""
-    return "  ".join(f"{name} {count:,}" for name, count in sorted(program.counters.items()))
+def programs_table(machine: Machine) -> Table:
+    """Return what the guest's programs have counted."""
+    table = Table("guest program", "counters", box=None)
+    for program in machine.programs:
+        # A program's errors are told in words.
+        counters = [f"{name} {count:,}" for name, count in sorted(program.counters.items()) if name != "errors"]
+        table.add_row(*_cells(program.name, "  ".join(counters)))
+    return table
 
 
 def _tables(machine: Machine) -> list[Table]:
@@ -64,9 +69,7 @@ def _tables(machine: Machine) -> list[Table]:
         containers.add_row(
             *_cells(container.name, f"{container.mappings:,}", container.tracking or "-", container.reason)
         )
-    programs = Table("guest program", "counters", box=None)
-    for program in machine.programs:
-        programs.add_row(*_cells(program.name, counters_of(program)))
+    programs = programs_table(machine)
     return [table for table in (devices, containers, programs) if table.row_count]
 
 

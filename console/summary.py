@@ -45,7 +45,8 @@ def print_summary(console: Console, result: MigrationResult, source: str) -> Non
         *([_devices_table(result)] if result.devices else []),
     ]
     for table in tables:
-        console.print("\n", table, sep="")
+        console.print()
+        console.print(table)
 
 
 def sentences(result: MigrationResult, source: str) -> list[str]:

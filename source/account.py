@@ -11,11 +11,12 @@ from typing import Literal
 from switchover.v1 import host_pb2, migration_pb2
 
 from common.host.events import Events
-from common.machine.client import DeviceInfo, Tracking
+from common.machine.client import DeviceConfig, DeviceInfo, Tracking
 from common.memory.layout import PAGE_SIZE
 from source.lanes import LaneStats
 from source.meter import Meter
 from source.policy import Decision, RoundFacts
+from source.state_streams import DeviceStream
 
 __all__ = ["Account"]
 
@@ -72,6 +73,16 @@ class Account:
         self.result.devices.extend(
             host_pb2.DeviceResult(name=device.name, kind=device.kind, verified="not verified") for device in devices
         )
+
+    def moved(self, streams: Sequence[DeviceStream], configs: Sequence[DeviceConfig]) -> None:
+        """Note what it took to move the devices."""
+        devices = {device.name: device for device in self.result.devices}
+        for stream in streams:
+            devices[stream.device.name].precopy_bytes = stream.precopy_bytes
+            devices[stream.device.name].stop_copy_bytes = stream.stop_copy_bytes
+        for config in configs:
+            devices[config.name].pending_interrupts = len(config.pending.vectors)
+            devices[config.name].pending_doorbells = len(config.pending.doorbells)
 
     def tracks(self, trackings: Sequence[Tracking]) -> None:
         """Note how DMA is tracked."""

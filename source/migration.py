@@ -183,7 +183,7 @@ class Migration:
         self._account.phase("precopy")
         hooks.reach("source.precopy")
         self._account.precopy_begins()
-        for stream in self._streams:
+        for stream in self._streams if self._running else ():
             stream.start()
         pages = runs.one(0, self._ram.layout.pages)
         number = 0
@@ -257,6 +257,7 @@ class Migration:
         self._stopped_at = time.monotonic()
         with self._account.downtime("pause"):
             self._machine.pause_vcpus()
+        hooks.reach("source.paused")
         with self._account.downtime("quiesce"):
             self._machine.quiesce()
         hooks.reach("source.stopped")
@@ -278,12 +279,12 @@ class Migration:
         if self._request.verify == Verify.VERIFY_MODE_STRICT:
             with self._account.downtime("verification"):
                 self._compare()
-        self._check()
 
     def _finish(self) -> None:
         assert self._lanes is not None
         assert self._mappings is not None
         rest = self._machine.rest()
+        self._account.moved(self._streams, rest.devices)
         # The guest's clock goes on where it stopped, on a host whose own clock counts from another moment.
         rest.vcpu["clock_offset_ns"] -= self._clock.offset_ns
         last_record = {stream.device.name: stream.sequence for stream in self._streams}
@@ -346,6 +347,7 @@ class Migration:
     def _handover(self) -> None:
         self._account.phase("handover")
         hooks.reach("source.handover")
+        self._check()
         began = time.monotonic()
         self._decide(handover.Event.BEGIN)
         start_ms = self._commit()
@@ -433,7 +435,7 @@ class Migration:
             error = CancelledError("cancelled by the operator")
         result.result = "cancelled" if isinstance(error, CancelledError) else "failed"
         result.verified = "false"
-        result.reason, result.error = _explain(error)
+        result.reason, result.error = _explain(error, self._address)
         if result.reason == "INTERNAL":
             _log.error("migration failed", session=self.session_id, exc_info=error)
         if before_commit:
@@ -492,15 +494,14 @@ class Migration:
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
-        """Name the destination in whatever a call to it fails with."""
+        """Turn what a call fails with into a `PeerError`."""
         try:
             yield
         except grpc.RpcError as error:
-            failure = peer_error(error)
-            raise PeerError(failure.reason, f"{self._address}: {failure}", failure.code) from error
+            raise peer_error(error) from error
 
 
-def _explain(error: Exception) -> tuple[str, str]:
+def _explain(error: Exception, destination: str) -> tuple[str, str]:
     """Return the reason, for programs, and the sentence, for people, of a failure."""
     match error:
         case CancelledError():
@@ -511,7 +512,9 @@ def _explain(error: Exception) -> tuple[str, str]:
             return "DATA_LOSS", str(error)
         case RevokedError():
             return "REVOKED", str(error)
-        case PeerError() | RequestError():
+        case PeerError():
+            return error.reason, f"{destination}: {error}"
+        case RequestError():
             return error.reason, str(error)
         case ClosedError():
             return "MACHINE_GONE", "the machine process has ended"

@@ -31,7 +31,7 @@ class SourceServicer(HostServicer):
         """Check that the machine can leave, and start it on its way."""
         _check(request)
         machine = self.host.require_machine()
-        blockers = machine.describe().blockers
+        blockers = machine.blockers()
         if blockers:
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "BLOCKED", "; ".join(blockers))
         request.verify = request.verify or migration_pb2.VERIFY_MODE_STRICT

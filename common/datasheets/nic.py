@@ -20,14 +20,14 @@ PEER_SEQUENCE = 0x40  # u64, read-only: sequence number of the next write to the
 CONTROL_PEER = 1 << 1
 PEER_BLOCK = 256
 
-# Ring entry: posted by the driver with done = 0, completed by the device. The packet is pattern.block(sequence, length).
+# Ring entry: posted by the driver with done = 0, completed by the device. A packet is pattern.block(sequence, length).
 ENTRY = np.dtype(
     [
         ("iova", "<u8"),
-        ("size", "<u4"),  # of the buffer: 64 … 64 KiB; the device fills all of it
-        ("done", "<u4"),  # 1: filled; 2: refused (DMA fault)
+        ("size", "<u4"),  # of the buffer: 64 … 64 KiB
+        ("done", "<u4"),  # 1: filled; 2: refused (DMA fault, or an impossible size), and no sequence number is used up
         ("sequence", "<u8"),
-        ("length", "<u4"),
+        ("length", "<u4"),  # of the packet: the device's packet size, or the buffer's if that is smaller
         ("checksum", "<u4"),  # zlib.crc32 of the packet
     ]
 )

@@ -1,8 +1,8 @@
 """nvme: reads and writes 4096-byte blocks of a namespace that is a function of (LBA, generation).
 
-Block `lba` at generation g holds `pattern.block(content_seed(lba, g), 4096)`. A write stores whatever generation its data
-claims, provided that the data is right to the byte; so the whole namespace is a map of generations, which is part of the
-device's state, and both hosts see the same disk. Entries are finished in order.
+Block `lba` at generation g holds `pattern.block(content_seed(lba, g), 4096)`. A write stores whatever generation its
+data claims, provided that the data is right to the byte; so the whole namespace is a map of generations, which is part
+of the device's state, and both hosts see the same disk. Entries are finished in order.
 """
 
 from __future__ import annotations

@@ -30,5 +30,9 @@ CONTROL_ENABLE = 1 << 0
 
 # A ring starts with 64 bytes of which the first 4 are its tail (u32, free-running: entries posted by the driver); the
 # entries follow. Entry n lies at RING_BASE + RING_HEADER + (n % entries) * entry size.
+# The ring begins at RING_BASE, which is a multiple of 64, and has at most 32768 entries. The device follows
+# CONTROL_ENABLE after its present step, and STATUS_ENABLED says that it has: setting it starts at entry 0 and clears
+# STATUS_FAULT. A ring that is impossible or cannot be reached sets STATUS_FAULT and clears STATUS_ENABLED;
+# CONTROL_ENABLE must then be cleared and set again.
 RING_HEADER = 64
 VECTOR = 0  # the MSI-X vector that all our devices signal when they have finished ring entries

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from common import hooks
+
 __all__ = ["Engine", "Turns"]
 
 
@@ -91,6 +93,8 @@ class Engine:
             with self.lock:
                 delay = self._step(time.monotonic())
                 poll = listening if self.listening else quiet
-            poll.poll(None if delay is None else delay * 1000)
+            ready = poll.poll(None if delay is None else delay * 1000)
+            if (self.doorbell, select.POLLIN) in ready:
+                hooks.reach("device.rung")
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)

@@ -47,7 +47,10 @@ class Knobs:
                 fault.startswith(_FAIL) and fault.removeprefix(_FAIL) in states
             ):
                 raise ValueError(f'no such fault: "{fault}"')
-        _ = self.log_limits  # checked now rather than at the first start of the log
+        try:
+            _ = self.log_limits
+        except ValueError as error:
+            raise ValueError(f"log_max_ranges or log_page_sizes: {error}") from None
 
     @property
     def flags(self) -> MigrationFlags:

@@ -195,6 +195,8 @@ class LoadStream:
             raise ValueError(self._defect)
         if self._state is None:
             raise ValueError("the state is incomplete: its end has not come")
+        if self._head:
+            raise ValueError("there is more after the end of the state")
         return self._state
 
     def _take(self, view: memoryview) -> int:

@@ -235,7 +235,7 @@ class Tracker:
                 if error.errno not in _REFUSALS:
                     break
                 self._refused.add(attempt.ranges)
-                _log.warning("%s (%s)", error.strerror, attempt.what)
+                _log.info("%s (%s)", error.strerror, attempt.what)
                 continue
             said = "".join(f"; refused: {error.strerror}" for error in refusals)
             self.method = Method(self.method.kind, f"{self._reason}; {reason}: {attempt.what}{said}")

@@ -153,6 +153,11 @@ class MachineClient:
         """Return what an operator sees of it."""
         return json_format.ParseDict(self._client.call("describe").header, host_pb2.Machine())
 
+    def blockers(self) -> list[str]:
+        """Return what would prevent a migration now."""
+        found: list[str] = self._client.call("blockers")["blockers"]
+        return found
+
     def spec(self) -> MachineSpec:
         """Return its description."""
         return from_json(self._client.call("spec")["json"])

@@ -202,7 +202,7 @@ def start_device(spec: DeviceSpec, directory: Path) -> tuple[Path, subprocess.Po
     with (directory / f"{spec.name}.log").open("ab") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "common.devices", spec.kind),
+                *(sys.executable, "-P", "-m", "common.devices", spec.kind),
                 *("--name", spec.name, "--socket", str(path), "--knobs", json.dumps(spec.knobs)),
             ],
             stdin=subprocess.DEVNULL,

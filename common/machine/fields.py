@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from common.machine.quantities import format_size, parse_rate, parse_size
 from common.machine.toml_lines import Path
@@ -64,6 +64,9 @@ class Table:
         self._known.add(key)
         if key not in self._members:
             if default is _REQUIRED:
+                others = [other for other in self._members if other not in self._known]
+                for misspelt in difflib.get_close_matches(key, others, 1):
+                    self._refuse(misspelt, f'; did you mean "{key}"?')
                 raise FieldError(self.path, f'"{key}" is missing {self.where}')
             return default
         try:
@@ -95,13 +98,13 @@ class Table:
         for key in self._members:
             if key in self._known:
                 continue
-            message = f'unknown key "{_shown(key)}" {self.where}'
             close = difflib.get_close_matches(key[:64], self._known, 1)
             if elsewhere and key in elsewhere:
-                message += f"; it belongs to {elsewhere[key]}"
-            elif close:
-                message += f'; did you mean "{close[0]}"?'
-            raise FieldError((*self.path, key), message)
+                self._refuse(key, f"; it belongs to {elsewhere[key]}")
+            self._refuse(key, f'; did you mean "{close[0]}"?' if close else "")
+
+    def _refuse(self, key: str, hint: str) -> NoReturn:
+        raise FieldError((*self.path, key), f'unknown key "{_shown(key)}" {self.where}{hint}')
 
 
 def boolean(value: object) -> bool:

@@ -24,7 +24,7 @@ def launch(
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "common.machine"),
+                *(sys.executable, "-P", "-m", "common.machine"),
                 *("--directory", str(directory), "--record", str(record_path), "--incarnation", str(incarnation)),
                 *(["--incoming"] if incoming else []),
             ],

@@ -134,7 +134,7 @@ class _Connection:
     def handlers(self) -> dict[str, Handler]:
         """Return what can be asked."""
         asked: list[Callable[..., Any]] = [
-            *(self.describe, self.spec, self.ram, self.devices, self.pause, self.resume, self.record, self.report),
+            *(self.describe, self.blockers, self.spec, self.ram, self.devices, self.pause, self.resume, self.record, self.report),
             *(self.shutdown, self.begin, self.start_tracking, self.enter_precopy, self.read_device, self.sizes),
             *(self.mapping_changes, self.sync, self.throttle, self.pause_vcpus, self.quiesce, self.leave_stop_copy),
             *(self.rest, self.digest, self.explain, self.end, self.enter_resuming, self.change_mappings),
@@ -152,6 +152,9 @@ class _Connection:
 
     def describe(self, _: Message) -> dict[str, Any]:
         return {**self._machine.describe(), "pid": os.getpid(), "incarnation": self._service.incarnation}
+
+    def blockers(self, _: Message) -> dict[str, Any]:
+        return {"blockers": self._machine.blockers()}
 
     def spec(self, _: Message) -> dict[str, Any]:
         return {"json": to_json(self._machine.spec)}

@@ -34,7 +34,7 @@ class Vcpus:
         with their_control, their_trap, (directory / "vcpu.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "common.guest"),
+                    *(sys.executable, "-P", "-m", "common.guest"),
                     *("--ram", str(fds[0]), "--control", str(fds[1]), "--trap", str(fds[2])),
                 ],
                 stdin=subprocess.DEVNULL,

@@ -117,12 +117,11 @@ class GuestRam:
                 if error.errno == errno.ENXIO:
                     break
                 raise
-            end = int(ends[index])
-            if data >= end:
+            if data >= ends[index]:
                 index = int(np.searchsorted(ends, data, "right"))
                 position = data
                 continue
-            position = min(os.lseek(self.fd, data, os.SEEK_HOLE), end)
+            position = os.lseek(self.fd, data, os.SEEK_HOLE)
             found.append((data // PAGE_SIZE, position // PAGE_SIZE))
         edges = np.array(found, np.int64).reshape(-1, 2)
         return edges[:, 0], edges[:, 1] - edges[:, 0]

@@ -231,8 +231,6 @@ class Connection:
         """Read on; return the message once it is complete, or None if with MSG_DONTWAIT it is not."""
         try:
             header = self._header or self._receive_header(flags)
-            if header is None:
-                return None
             size = header.size - HEADER_SIZE
             body = self._receive_body(size, flags) if size else b""
         except BlockingIOError:
@@ -245,7 +243,7 @@ class Connection:
         self._header, self._fds = None, []
         return message
 
-    def _receive_header(self, flags: int) -> Header | None:
+    def _receive_header(self, flags: int) -> Header:
         wanted = HEADER_SIZE - len(self._start)
         data, ancillary, status, _ = self._sock.recvmsg(wanted, _ANCILLARY, flags | _CLOEXEC)
         if ancillary or status & _TRUNCATED:
@@ -256,11 +254,11 @@ class Connection:
             self._start += data
             return self._receive_header(flags)
         try:
-            self._header = Header.unpack(self._start + data, self._limit)
+            header = Header.unpack(self._start + data, self._limit)
         except ValueError as error:
             raise self._lose(f"what came is no message: {error}") from None
-        self._start = b""
-        return self._header
+        self._header, self._start = header, b""
+        return header
 
     def _take_fds(self, ancillary: Sequence[tuple[int, int, bytes]], status: int) -> None:
         for level, kind, payload in ancillary:

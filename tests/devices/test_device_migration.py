@@ -80,10 +80,11 @@ def test_a_loaded_device_goes_on_where_the_other_stopped(rig: Callable[..., Rig]
     target.size, target.tail, target.base = source.size, source.tail, source.base
     target.post(*WORK[kind])
     target.wait_head(source.tail + len(WORK[kind]))
+    done = slice(source.tail, source.tail + len(WORK[kind]))
     if kind == "nic":
-        assert target.ring()["sequence"][4:7].tolist() == [3, 4, 5]
+        assert target.ring()["sequence"][done].tolist() == [3, 4, 5]
     else:
-        assert target.ring()["status"][4 : 4 + len(WORK[kind])].tolist() == [1] * len(WORK[kind])
+        assert target.ring()["status"][done].tolist() == [1] * len(WORK[kind])
 
 
 @pytest.mark.parametrize("kind", PRECOPY_KINDS)
@@ -99,7 +100,9 @@ def test_precopy_then_stop_copy_gives_an_equal_device(rig: Callable[..., Rig], k
     source.client.set_state(S.PRE_COPY_P2P)
     stream += bytes(source.client.mig_data_read(1000))
     source.client.set_state(S.STOP_COPY)
-    assert source.client.stop_copy_length() == len(rest := source.drain())
+    announced = source.client.stop_copy_length()
+    rest = source.drain()
+    assert len(rest) == announced
     target = rig(kind, **KNOBS[kind])
     target.load(stream + rest)
     source.client.set_state(S.STOP)
@@ -128,7 +131,7 @@ def test_precopy_info_says_what_can_be_read(rig: Callable[..., Rig]) -> None:
     info = source.client.precopy_info()
     assert info.initial_bytes > 4 << 20 and info.dirty_bytes == 0
     initial = info.initial_bytes
-    for size in (10, 40, 100_000, 1 << 20):
+    for size in (10, 40, 100_000, 500_000):
         assert len(source.client.mig_data_read(size)) == size
         initial -= size
         assert source.client.precopy_info().initial_bytes == initial

@@ -27,6 +27,7 @@ class FakeDevice:
     """Registers, a ring that is worked off when the doorbell was rung, DMA that marks what it wrote."""
 
     entry: np.dtype[Any]
+    budget = 16  # entries in half a millisecond
 
     def __init__(self, machine: FakeMachine, name: str, kind: str, bar: int) -> None:
         self.machine, self.name, self.kind = machine, name, kind
@@ -75,7 +76,7 @@ class FakeDevice:
         entries, base = self.registers[pci.RING_ENTRIES], self.registers[pci.RING_BASE]
         tail = int(self.dma(base, 4).view("<u4")[0])
         done = 0
-        while tail != self.head & 0xFFFF_FFFF and done < self.budget():
+        while tail != self.head & 0xFFFF_FFFF and done < self.budget:
             iova = base + pci.RING_HEADER + self.head % entries * self.entry.itemsize
             self.complete(self.dma(iova, self.entry.itemsize).view(self.entry), iova)
             self.head += 1
@@ -83,9 +84,6 @@ class FakeDevice:
         self.awake = tail != self.head & 0xFFFF_FFFF
         if done and not self.lose_interrupt:
             os.eventfd_write(self.interrupt, 1)
-
-    def budget(self) -> int:
-        return 16
 
     def complete(self, entry: np.ndarray, iova: int) -> None:
         raise NotImplementedError
@@ -96,6 +94,7 @@ class FakeDevice:
 
 class FakeNic(FakeDevice):
     entry = nic.ENTRY
+    budget = 4
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -200,6 +199,9 @@ class FakeAccelerator(FakeDevice):
 KINDS: dict[str, type[FakeDevice]] = {"nic": FakeNic, "nvme": FakeNvme, "accelerator": FakeAccelerator}
 
 
+machines: list[FakeMachine] = []
+
+
 class FakeMachine:
     """Programs are given as {"program", "name", knobs}; areas are assigned here. `call` is what traps arrive at."""
 
@@ -210,6 +212,7 @@ class FakeMachine:
         self.memory = GuestMemory(self.ram)
         self.viommu = viommu
         self.mappings: dict[int, tuple[int, int]] = {}
+        self._pages: dict[int, int] = {}
         self.history: list[tuple[str, int, int]] = []
         self.now_ns = 5_000_000_000
         self.devices = {
@@ -220,7 +223,16 @@ class FakeMachine:
             {"area_gpa": FIRST_AREA + index * AREA, "area_size": AREA, **program}
             for index, program in enumerate(programs)
         ]
+        self.rams = [self.ram]
+        machines.append(self)
         self.vcpu = self._vcpu(fresh=True)
+
+    def close(self) -> None:
+        for device in self.devices.values():
+            os.close(device.doorbell)
+            os.close(device.interrupt)
+        for ram in self.rams:
+            ram.close()
 
     def boot(self, *, fresh: bool) -> tuple[dict[str, Any], list[int]]:
         fds: list[int] = []
@@ -283,9 +295,10 @@ class FakeMachine:
         assert container == "default" and readable and writable and self.viommu
         assert not (iova | gpa | size) % PAGE_SIZE
         assert not iova < 0xFEF0_0000 <= 0xFEE0_0000 < iova + size
-        for start, (_, length) in self.mappings.items():
-            if start < iova + size and iova < start + length:
-                raise RequestError("EEXIST", f"{iova:#x} is mapped already")
+        for offset in range(0, size, PAGE_SIZE):
+            if iova + offset in self._pages:
+                raise RequestError("EEXIST", f"{iova + offset:#x} is mapped already")
+            self._pages[iova + offset] = gpa + offset
         self.mappings[iova] = (gpa, size)
         self.history.append(("map", iova, gpa))
         return Message()
@@ -293,16 +306,17 @@ class FakeMachine:
     def _iommu_unmap(self, container: str, iova: int, size: int) -> Message:
         gpa, length = self.mappings.pop(iova)
         assert length == size
+        for offset in range(0, size, PAGE_SIZE):
+            del self._pages[iova + offset]
         self.history.append(("unmap", iova, gpa))
         return Message()
 
     def translate(self, iova: int, size: int) -> int:
         if not self.viommu:
             return iova
-        for start, (gpa, length) in self.mappings.items():
-            if start <= iova and iova + size <= start + length:
-                return gpa + iova - start
-        raise AssertionError(f"a device went to {iova:#x}, which is not mapped")
+        pages = [self._pages[page] for page in range(iova - iova % PAGE_SIZE, iova + size, PAGE_SIZE)]
+        assert pages == list(range(pages[0], pages[0] + len(pages) * PAGE_SIZE, PAGE_SIZE))
+        return pages[0] + iova % PAGE_SIZE
 
     def write_bar(self, gpa: int, data: bytes) -> None:
         device, index, offset = self._device_at(gpa)
@@ -352,6 +366,7 @@ class FakeMachine:
         for device in self.devices.values():
             device.dirty.clear()
         copy = GuestRam.create(self.ram.size)
+        self.rams.append(copy)
         first, count = self.ram.data_runs()
         for start, pages in zip(first.tolist(), count.tolist(), strict=True):
             copy.pages[start : start + pages] = self.ram.pages[start : start + pages]

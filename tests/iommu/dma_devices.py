@@ -140,6 +140,7 @@ class Device:
 
     # The IOMMU in front of it: the same log, without ranges.
     def iommu_dirty_start(self, page_size: int) -> int:
+        self.log = DirtyLog()
         return self.logging_start(page_size, [Range(0, 1 << 62)])
 
     def iommu_dirty_stop(self) -> None:

@@ -124,7 +124,8 @@ NIC = '[[device]]\nkind = "nic"\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('name = "m"\n\n[ram]\nsise = "1GiB"', '3: "size" is missing in [ram]'),
+        ('name = "m"\n\n[ram]\nsise = "1GiB"', '4: unknown key "sise" in [ram]; did you mean "size"?'),
+        ('name = "m"\n\n[ram]\n', '3: "size" is missing in [ram]'),
         (RAM + 'sise = "1GiB"', '4: unknown key "sise" in [ram]; did you mean "size"?'),
         (RAM + "[viomu]\n", '4: unknown key "viomu" at the top level; did you mean "viommu"?'),
         (RAM + NIC + NIC + "pakcet = 9", '8: unknown key "pakcet" in [[device]]; did you mean "packet"?'),

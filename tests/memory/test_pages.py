@@ -116,12 +116,28 @@ def test_rounds_make_the_target_equal_to_the_source(
         assert np.array_equal(source.pages, target.pages)
 
 
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_pages_are_looked_at_a_window_at_a_time(
+    source: GuestRam, target: GuestRam, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr(codec, "_WINDOW_PAGES", window)
+    source.pages[10:300] = noise(1, 290 * PAGE_SIZE).reshape(-1, PAGE_SIZE)
+    source.pages[400:800:3] = 5
+    wanted = runs.one(5, 900)
+    assert covered(send(source, Applier(target), wanted)) == runs.expand(wanted).tolist()
+    assert np.array_equal(source.pages, target.pages)
+
+
 def test_holes_are_never_read_and_stay_holes() -> None:
     with GuestRam.create(1 << 40) as source, GuestRam.create(1 << 40) as target:
         source.pages[1 << 20] = 5
         applier = Applier(target)
         batches = send(source, applier, everything(source))
         assert sum(batch.pages for batch in batches) == 1 << 28
+        joined = runs.one(0, 0)
+        for batch in batches:
+            joined = runs.union(joined, (batch.run_first.astype(np.int64), batch.run_pages.astype(np.int64)))
+        assert [part.tolist() for part in joined] == [[0], [1 << 28]]
         assert max(batch.pages for batch in batches) == codec.MAX_PAGES
         assert len(batches) == (1 << 28) // codec.MAX_PAGES + 1
         assert source.allocated_bytes == target.allocated_bytes == PAGE_SIZE

@@ -117,6 +117,8 @@ class Driver(Program[_State], Generic[_State]):
         state = self.state
         if not state.running:
             return self._set_up(moment)
+        if not 0 <= self.outstanding <= self.ring.entries:
+            raise ValueError(f"{state.posted} posted and {state.finished} finished, in a ring of {self.ring.entries}")
         if moment.run != state.run or moment.run_ns - state.audit_ns >= AUDIT_NS:
             self._audit(moment)
         if moment.interrupted or state.polling:

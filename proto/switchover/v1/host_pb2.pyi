@@ -1011,6 +1011,8 @@ class DeviceResult(_message.Message):
     PRECOPY_BYTES_FIELD_NUMBER: _builtins.int
     STOP_COPY_BYTES_FIELD_NUMBER: _builtins.int
     VERIFIED_FIELD_NUMBER: _builtins.int
+    PENDING_INTERRUPTS_FIELD_NUMBER: _builtins.int
+    PENDING_DOORBELLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The device's name."""
     kind: _builtins.str
@@ -1021,6 +1023,10 @@ class DeviceResult(_message.Message):
     """Bytes sent in the switchover."""
     verified: _builtins.str
     """"compared": read on both sides and equal; "transport": only its records vouch for it; "differs"; "not verified"."""
+    pending_interrupts: _builtins.int
+    """Interrupts that were signalled and not yet seen by the guest when the machine stopped; signalled again there."""
+    pending_doorbells: _builtins.int
+    """Doorbells that were rung and not yet seen by the device when the machine stopped; rung again there."""
     def __init__(
         self,
         *,
@@ -1029,10 +1035,12 @@ class DeviceResult(_message.Message):
         precopy_bytes: _builtins.int = ...,
         stop_copy_bytes: _builtins.int = ...,
         verified: _builtins.str = ...,
+        pending_interrupts: _builtins.int = ...,
+        pending_doorbells: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "precopy_bytes", b"precopy_bytes", "stop_copy_bytes", b"stop_copy_bytes", "verified", b"verified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "pending_doorbells", b"pending_doorbells", "pending_interrupts", b"pending_interrupts", "precopy_bytes", b"precopy_bytes", "stop_copy_bytes", b"stop_copy_bytes", "verified", b"verified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,172 @@
+"""The log against a set of page numbers."""
+
+import errno
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.vfio.dirty_log import DirtyLog, LogLimits
+from common.vfio.feature import Range
+
+PAGE = 4096
+WINDOW = 64 << 20
+FAR = 1 << 45
+
+
+def pages_of(bitmap: bytes) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")).tolist())
+
+
+def refused(call: object, *args: object) -> int | None:
+    with pytest.raises(OSError) as caught:
+        call(*args)  # type: ignore[operator]
+    return caught.value.errno
+
+
+class NaiveLog:
+    """4 KiB pages in a set; the contract, word for word."""
+
+    def __init__(self, page_size: int, ranges: list[Range]) -> None:
+        self.page_size, self.ranges, self.pages = page_size, ranges, set[int]()
+
+    def mark(self, iova: int, length: int) -> None:
+        for item in self.ranges:
+            low, high = max(iova, item.iova), min(iova + length, item.iova + item.length)
+            if low < high:
+                low, high = low // self.page_size * self.page_size, -(-high // self.page_size) * self.page_size
+                inside = range(item.iova // PAGE, (item.iova + item.length) // PAGE)
+                self.pages |= {page for page in range(low // PAGE, high // PAGE) if page in inside}
+
+    def report(self, iova: int, length: int, page_size: int) -> set[int]:
+        inside = {page for page in self.pages if iova <= page * PAGE < iova + length}
+        self.pages -= inside
+        return {(page * PAGE - iova) // page_size for page in inside}
+
+
+# Around the begin, around a border between two windows, and far away.
+places = st.sampled_from([0, WINDOW - 40 * PAGE, 3 * WINDOW, FAR])
+offsets = st.integers(0, 80 * PAGE)
+marks = st.tuples(st.just("mark"), places, offsets, st.integers(0, 60 * PAGE), st.just(0))
+reports = st.tuples(
+    st.just("report"), places, offsets, st.integers(1, 70 * PAGE), st.sampled_from([PAGE, 2 * PAGE, 16 * PAGE, 1 << 21])
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([PAGE, 4 * PAGE, 2 << 20]), st.lists(st.one_of(marks, reports), max_size=20))
+def test_any_marks_and_reports(page_size: int, actions: list[tuple[str, int, int, int, int]]) -> None:
+    size = max(page_size, 64 * PAGE)
+    ranges = [Range(0, size), Range(WINDOW - size, 2 * size), Range(3 * WINDOW, 3 * size), Range(FAR, size)]
+    log, naive = DirtyLog(LogLimits(page_sizes=(PAGE, 4 * PAGE, 2 << 20))), NaiveLog(page_size, ranges)
+    assert log.start(page_size, ranges) == page_size
+    for kind, place, offset, length, asked in actions:
+        if kind == "mark":
+            log.mark(place + offset, length)
+            naive.mark(place + offset, length)
+        else:
+            iova, whole = (place + offset) // PAGE * PAGE, -(-length // PAGE) * PAGE
+            bitmap = log.report(iova, whole, asked)
+            assert len(bitmap) == math.ceil(math.ceil(whole / asked) / 64) * 8
+            assert pages_of(bitmap) == naive.report(iova, whole, asked)
+    everything = [log.report(item.iova, item.length, PAGE) for item in ranges]
+    assert [pages_of(bitmap) for bitmap in everything] == [naive.report(r.iova, r.length, PAGE) for r in ranges]
+
+
+def test_reading_clears() -> None:
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, 1 << 30)])
+    log.mark(5 * PAGE + 7, 1)
+    assert pages_of(log.report(0, 1 << 30, PAGE)) == {5}
+    assert pages_of(log.report(0, 1 << 30, PAGE)) == set()
+
+
+def test_a_big_page_in_part_is_not_forgotten() -> None:
+    log = DirtyLog(LogLimits(page_sizes=(2 << 20,)))
+    assert log.start(PAGE, [Range(0, 4 << 20)]) == 2 << 20
+    log.mark(PAGE, 1)
+    assert pages_of(log.report(0, PAGE, PAGE)) == {0}
+    assert pages_of(log.report(0, 4 << 20, PAGE)) == set(range(1, 512))
+
+
+def test_a_big_page_is_marked_no_further_than_its_range() -> None:
+    log = DirtyLog(LogLimits(page_sizes=(2 << 20,)))
+    log.start(PAGE, [Range(3 * PAGE, 2 * PAGE)])
+    log.mark(4 * PAGE, 1)
+    assert pages_of(log.report(0, 4 << 20, PAGE)) == {3, 4}
+
+
+def test_a_large_report_leaves_what_is_outside() -> None:
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, 1 << 48)])
+    log.mark(0, 1)
+    log.mark(FAR, 1)
+    assert not any(log.report(1 << 30, 1 << 36, PAGE))
+    assert pages_of(log.report(0, PAGE, PAGE)) == pages_of(log.report(FAR, PAGE, PAGE)) == {0}
+
+
+def test_a_report_of_a_large_sparse_range() -> None:
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, 1 << 48)])
+    log.mark((1 << 38) - PAGE, PAGE)
+    bitmap = log.report(0, 1 << 38, PAGE)
+    assert len(bitmap) == 1 << 23
+    assert bitmap[-1] == 0x80 and bitmap.count(0) == len(bitmap) - 1
+    assert refused(log.report, 0, (1 << 43) + PAGE, PAGE) == errno.E2BIG
+
+
+def test_stop_loses_the_log() -> None:
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, PAGE)])
+    log.mark(0, 1)
+    log.stop()
+    log.stop()
+    assert not log.active
+    log.mark(0, 1)
+    log.start(PAGE, [Range(0, PAGE)])
+    assert pages_of(log.report(0, PAGE, PAGE)) == set()
+
+
+def test_a_second_start_is_refused_and_changes_nothing() -> None:
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, PAGE)])
+    log.mark(0, 1)
+    assert refused(log.start, PAGE, [Range(PAGE, PAGE)]) == errno.EINVAL
+    assert pages_of(log.report(0, 2 * PAGE, PAGE)) == {0}
+
+
+def test_a_refused_start_leaves_the_log_stopped() -> None:
+    log = DirtyLog(LogLimits(max_ranges=2, max_bits=21))
+    assert refused(log.start, PAGE, [Range(n << 20, PAGE) for n in range(3)]) == errno.E2BIG
+    assert refused(log.start, PAGE, [Range(0, 1 << 20), Range(8 << 20, (1 << 20) + PAGE)]) == errno.EOPNOTSUPP
+    assert refused(log.start, PAGE, [Range(0, 100)]) == errno.EINVAL
+    assert not log.active
+    assert log.start(PAGE, [Range(0, 1 << 20), Range(8 << 20, 1 << 20)]) == PAGE
+
+
+def test_a_stopped_log_reports_nothing() -> None:
+    assert refused(DirtyLog().report, 0, PAGE, PAGE) == errno.EINVAL
+
+
+def test_a_report_of_parts_of_pages_is_refused() -> None:
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, 1 << 20)])
+    assert refused(log.report, 100, PAGE, PAGE) == errno.EINVAL
+    assert refused(log.report, 0, PAGE + 1, PAGE) == errno.EINVAL
+    assert refused(log.report, 0, PAGE, 2048) == errno.EINVAL
+
+
+@pytest.mark.parametrize(("asked", "used"), [(4096, 8192), (8192, 8192), (1 << 16, 8192), (1 << 21, 1 << 21)])
+def test_the_page_size_that_is_used(asked: int, used: int) -> None:
+    log = DirtyLog(LogLimits(page_sizes=(1 << 21, 8192)))
+    assert log.start(asked, [Range(0, 1 << 30)]) == used
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_ranges": 0}, {"page_sizes": ()}, {"page_sizes": (2048,)}, {"page_sizes": (12288,)}]
+)
+def test_limits_that_make_no_sense(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        LogLimits(**options)  # type: ignore[arg-type]
