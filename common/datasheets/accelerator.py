@@ -1,8 +1,9 @@
 """accelerator: works on its own memory, which is large, which others may write to (BAR 2), and which never rests.
 
 The memory's first half is the driver's and the peers': LOAD copies from guest RAM into it, XOR changes it, STORE copies
-it to guest RAM; BAR 2 shows all of it. The second half is the device's own: CELL by CELL, at its churn rate, it moves each
-cell on to its next step, and cell i at step s holds `pattern.block(cell_seed(i, s), CELL)`. Jobs are finished in order.
+it to guest RAM; BAR 2 shows all of it. The second half is the device's own: CELL by CELL, at its churn rate, it moves
+each cell on to its next step, and cell i at step s holds `pattern.block(cell_seed(i, s), CELL)`. Jobs are finished in
+order.
 Cells move whenever the device runs, enabled or not. Writes to BAR 2's second half are ignored; LOAD and XOR there are
 STATUS_BAD_RANGE, STORE may read all of the memory. The memory is a power of two.
 """

@@ -34,5 +34,6 @@ CONTROL_ENABLE = 1 << 0
 # CONTROL_ENABLE after its present step, and STATUS_ENABLED says that it has: setting it starts at entry 0 and clears
 # STATUS_FAULT. A ring that is impossible or cannot be reached sets STATUS_FAULT and clears STATUS_ENABLED;
 # CONTROL_ENABLE must then be cleared and set again.
+# An entry's `done` or `status` is written last, after the rest of it and after HEAD; the interrupt follows.
 RING_HEADER = 64
 VECTOR = 0  # the MSI-X vector that all our devices signal when they have finished ring entries

@@ -58,6 +58,7 @@ class EmulatedDevice(ABC):
     """A device behind a vfio-user server; a kind says what its registers are and what it does with ring entries."""
 
     ENTRY: ClassVar[np.dtype[np.void]]
+    COMPLETION: ClassVar[str] = "status"
     CONTROL_MASK: ClassVar[int] = pci.CONTROL_ENABLE
     STATE_VERSION: ClassVar[int] = 1
 
@@ -95,8 +96,9 @@ class EmulatedDevice(ABC):
         self._log = DirtyLog(knobs.log_limits)
         self.dma = DmaPort(self._mappings, self._log, f"{name}-dma-written")
         self.dma.logging = "unlogged" not in knobs.faults
-        self._ring = Ring(self.registers, self.dma, self.ENTRY)
+        self._ring = Ring(self.registers, self.dma, self.ENTRY, self.COMPLETION)
         self._engine = Engine(name, self._step)
+        self._doorbell_is_shared = False
         self._migration = Migration(self, _IDENTITY.pack(magic, self.STATE_VERSION, geometry), self.memory, knobs)
         self.migration_flags: MigrationFlags = knobs.flags
         self.dma_logging: bool = knobs.dma_logging
@@ -208,7 +210,10 @@ class EmulatedDevice(ABC):
 
     def io_fds(self, index: int) -> list[IoEventFd]:
         """Return the eventfds that stand for writes to a region: the doorbell in BAR 0, of any size."""
-        return [IoEventFd(pci.DOORBELL, 0, self._engine.doorbell)] if index == pci.REGISTERS_BAR else []
+        if index != pci.REGISTERS_BAR:
+            return []
+        self._doorbell_is_shared = True
+        return [IoEventFd(pci.DOORBELL, 0, self._engine.doorbell)]
 
     # DMA.
 
@@ -284,8 +289,9 @@ class EmulatedDevice(ABC):
 
     def save_state(self) -> bytes:
         """Return the state beside device memory. The caller holds the engine's lock."""
-        # The rings that nobody has taken become part of the state; the eventfd does not travel.
-        self._ring.attention |= self._engine.take_ring()
+        # Rings that nobody has taken are the VMM's to move if it has the eventfd; else they become part of the state.
+        if not self._doorbell_is_shared:
+            self._ring.attention |= self._engine.take_ring()
         return b"".join([self.registers.save(), self._ring.save(), self._msix.save(), self.save_kind()])
 
     def load_state(self, state: bytes) -> None:

@@ -42,6 +42,7 @@ class Nic(EmulatedDevice):
     """The device; its generator's position is in its registers, so there is no other state."""
 
     ENTRY = nic.ENTRY
+    COMPLETION = "done"
     CONTROL_MASK = pci.CONTROL_ENABLE | nic.CONTROL_PEER
 
     def __init__(self, name: str, knobs: NicKnobs) -> None:

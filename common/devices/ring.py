@@ -28,16 +28,17 @@ class Ring:
     """A ring as the device sees it; HEAD and STATUS are registers, the rest is here.
 
     A driver writes CONTROL whenever it likes; the engine obeys at its next step (`obey`), so that no register access
-    ever waits for DMA. `attention`: the ring must be looked at, for somebody rang or work is left.
+    ever waits for DMA. `completion` is the entries' field that a driver waits for. `attention`: the ring must be looked at, for somebody rang or work is left.
     """
 
     STATE_SIZE: ClassVar[int] = _STATE.size
 
-    def __init__(self, registers: RegisterBlock, dma: DmaPort, entry: np.dtype[np.void]) -> None:
+    def __init__(self, registers: RegisterBlock, dma: DmaPort, entry: np.dtype[np.void], completion: str) -> None:
         self.attention = False
         self._registers = registers
         self._dma = dma
         self._entry = entry
+        self._completion = completion
         self._base = 0
         self._entries = 0
         self._lock = threading.Lock()
@@ -97,11 +98,19 @@ class Ring:
         return entries
 
     def complete(self, entries: Sequence[tuple[Any, ...]]) -> None:
-        """Write back the next entries, finished, then move HEAD; raise as `posted`."""
+        """Write back the next entries, finished, and move HEAD; raise as `posted`.
+
+        A driver that sees an entry finished must find the rest of it written and HEAD moved. A copy has no order inside
+        it, so the entries are written unfinished first, and once more with what says that they are finished.
+        """
         finished: npt.NDArray[np.void] = np.array(entries, dtype=self._entry)
         head = self._registers.get(pci.HEAD, 4)
-        self._dma.write(self._address(head % self._entries), finished.tobytes())
+        address = self._address(head % self._entries)
+        unfinished = finished.copy()
+        unfinished[self._completion] = 0
+        self._dma.write(address, unfinished.tobytes())
         self._registers.put(pci.HEAD, 4, head + len(entries))
+        self._dma.write(address, finished.tobytes())
 
     def reset(self) -> None:
         """Forget everything but what the registers hold."""

@@ -76,6 +76,7 @@ def test_a_refused_access_is_a_fault(device: Rig) -> None:
 
 def test_writes_from_outside_reach_the_drivers_half_only(device: Rig) -> None:
     device.client.region_write(2, MEMORY // 2 - 4, b"12345678")
+    device.client.region_write(2, MEMORY // 2 + 2, b"12345678")
     device.client.region_write(2, MEMORY - 4, b"1234")
     image = device.client.region_read(2, 0, MEMORY)
     assert image == bytes(MEMORY // 2 - 4) + b"1234" + cells_at(0, MEMORY)

@@ -108,3 +108,12 @@ def test_every_flipped_bit_of_a_state_is_seen() -> None:
         loading.write(data)
         with pytest.raises(ValueError):
             loading.finish()
+
+
+def test_a_whole_state_of_another_device_is_refused_for_its_identity() -> None:
+    saving = SaveStream(b"b device", None)
+    saving.finish(b"state")
+    loading = LoadStream(IDENTITY, None)
+    loading.write(saving.read(1000))
+    with pytest.raises(ValueError, match="another device"):
+        loading.finish()

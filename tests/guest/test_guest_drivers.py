@@ -108,9 +108,13 @@ def test_a_lost_doorbell_is_noticed_and_the_driver_goes_on(kind: str) -> None:
     assert machine.report()["counters"]["finished"] > finished + 10
 
 
-def test_a_pause_is_no_stall() -> None:
-    machine = machine_with("nvme", stall_ms=300)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pause_is_no_stall(kind: str) -> None:
+    machine = machine_with(kind, stall_ms=300)
     machine.run(100)
+    machine.pass_time(100, devices_run=False)
+    counters = machine.report()["counters"]
+    assert counters["posted"] > counters["finished"]
     machine.vcpu.pause()
     machine.pass_time(10_000, vcpu_runs=False, devices_run=False)
     machine.run(100)

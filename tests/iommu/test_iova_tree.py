@@ -4,7 +4,7 @@ import errno
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.iommu import iova_tree
@@ -26,6 +26,7 @@ operations = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(operations)
 def test_like_a_dict_of_pages(todo):
     """Insert and remove against a dict of single pages: same refusals, same contents, same order, same arrays."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.iommu.iova_tree import Mapping, RamTarget
@@ -8,6 +8,7 @@ from common.iommu.journal import MappingJournal
 from common.memory.layout import PAGE_SIZE
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.just("take"), st.tuples(st.integers(0, 5), st.integers(1, 2))), max_size=60))
 def test_a_receiver_has_the_same_mappings(todo):
     """Mapping, unmapping and taking in any order: removals first, then additions, never a conflict on the way."""

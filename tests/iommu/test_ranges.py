@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.iommu.iova_tree import BarTarget, IovaTree, Mapping, RamTarget
@@ -30,6 +30,7 @@ def pages(ranges):
 spans = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 12)), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(spans, st.integers(1, 12))
 def test_merge_closes_the_smallest_gaps(wanted, limit):
     starts = np.array([first for first, _ in wanted]) * PAGE_SIZE
@@ -135,6 +136,7 @@ def test_every_attempt_is_what_the_kernel_takes():
                 assert attempt.what
 
 
+@settings(deadline=None)
 @given(spans, st.integers(0, 310), st.integers(1, 20), st.sampled_from([1, 4]))
 def test_coverage_like_a_set_of_pages(wanted, first, count, alignment):
     """All or nothing: even partly untracked is untracked (QEMU series patch 15)."""
@@ -153,6 +155,7 @@ mapping_lists = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(mapping_lists, spans, st.sampled_from([1, 4]), st.booleans(), st.sampled_from([8, 16, 1 << 20]))
 def test_windows_hold_every_covered_mapping_once(layout, armed, granule, arbitrary, max_bitmap):
     at, mappings = 0, []

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.iommu import translate
@@ -30,6 +30,7 @@ layouts = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(layouts, st.sets(st.integers(0, 400)), st.integers(0, 100), st.sampled_from([1, 2, 16]), st.integers(1, 1 << 14))
 def test_like_a_dict_of_pages(layout, bits, base, factor, slice_words):
     tree, model = tree_of(layout)
@@ -51,6 +52,7 @@ def test_refuses_what_is_not_made_of_pages(base, page_size):
         dirty_ram_pages(empty(64), base, page_size, IovaTree().arrays())
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9000), st.integers(1, 5000)), max_size=20))
 def test_mark_runs_like_a_set(wanted):
     dirty = DirtyBitmap(14000)
