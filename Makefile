@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
 
-.PHONY: demo test check proto proto-fresh wheel bench clean
+.PHONY: help demo test check proto proto-fresh wheel bench clean
 .DEFAULT_GOAL := help
 
 help:

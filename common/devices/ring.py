@@ -28,7 +28,8 @@ class Ring:
     """A ring as the device sees it; HEAD and STATUS are registers, the rest is here.
 
     A driver writes CONTROL whenever it likes; the engine obeys at its next step (`obey`), so that no register access
-    ever waits for DMA. `completion` is the entries' field that a driver waits for. `attention`: the ring must be looked at, for somebody rang or work is left.
+    ever waits for DMA. `completion` is the entries' field that a driver waits for. `attention`: the ring must be looked
+    at, for somebody rang or work is left.
     """
 
     STATE_SIZE: ClassVar[int] = _STATE.size

@@ -167,8 +167,8 @@ class Container:
         """
         iova, size = mapping.iova, mapping.size
         counts = mapping.writable and mapping.ram_page >= 0
-        tracker = self._tracker if counts else None
-        covered = tracker is not None and tracker.covers(mapping)
+        tracker = self._tracker
+        covered = tracker is not None and counts and tracker.covers(mapping)
         words = empty(mapping.pages) if covered else None
         failure: OSError | None = None
         for index, device in enumerate(self._devices[:devices]):
@@ -189,7 +189,9 @@ class Container:
         with self._tree_lock:
             self._tree.remove(iova, size)
         if tracker is not None:
-            tracker.collect(mapping, words)
+            if counts:
+                tracker.collect(mapping, words)
+            tracker.mark_neighbours(mapping)
         if failure is not None and counts:
             self._stuck = runs.union(self._stuck, runs.one(mapping.ram_page, mapping.pages))
         return failure

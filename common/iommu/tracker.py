@@ -157,7 +157,13 @@ class Tracker:
             pages = pages_of(words) + mapping.ram_page
             self.dirty.mark_pages(pages)
             self._unmapped_pages += len(pages)
-        # Where a device logs in larger pages, asking for a part of one may have cleared all of it.
+
+    def mark_neighbours(self, mapping: Mapping) -> None:
+        """Mark what shares a large page of a log with a mapping that is gone; the caller has the turn.
+
+        A device that logs in pages of more than 4 KiB may have cleared all of one when a part of it was unmapped,
+        whether or not that part was RAM, was writable, or was asked for.
+        """
         granule = self._log.granule if self._log else PAGE_SIZE
         low, high = mapping.iova // granule * granule, -(-mapping.end // granule) * granule
         for other in self._tree.overlapping(low, high - low):

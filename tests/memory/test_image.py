@@ -44,8 +44,9 @@ def noise(seed: int, size: int) -> bytes:
 
 
 def test_files_fill_the_extents_one_after_the_other(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    contents = {"b/1": noise(1, 300_000), "a": noise(2, 5_000_001), "c": noise(3, 10_000_000)}
+    contents = {"d/1": noise(1, 900_000), "a": noise(2, 900_001), "c": noise(3, 900_000), "b/1": noise(4, 10_000_000)}
+    for directory in ("d", "b"):
+        (tmp_path / directory).mkdir()
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
     with GuestRam.create(4 * CHUNK_SIZE) as ram:
@@ -53,9 +54,9 @@ def test_files_fill_the_extents_one_after_the_other(tmp_path: Path) -> None:
         data, zero = plan(ram.layout.pages - 100, 0.5, 7)
         size = runs.total(data) * PAGE_SIZE
         assert report == ImageReport(
-            1, size, runs.total(zero), ram.layout.pages - 100 - runs.total(data) - runs.total(zero)
+            3, size, runs.total(zero), ram.layout.pages - 100 - runs.total(data) - runs.total(zero)
         )
-        everything = contents["a"] + contents["c"] + contents["b/1"]
+        everything = contents["a"] + contents["c"] + contents["b/1"] + contents["d/1"]
         assert ram.pages[runs.expand(data) + 100].tobytes() == everything[:size]
         assert not ram.pages[runs.expand(zero) + 100].any()
 
@@ -68,7 +69,10 @@ def test_what_no_file_fills_stays_holes(tmp_path: Path) -> None:
         data_pages = -(-1_500_000 // PAGE_SIZE)
         assert ram.allocated_bytes == (data_pages + report.zero_pages) * PAGE_SIZE
         assert report.hole_pages == ram.layout.pages - data_pages - report.zero_pages
-        data, _ = plan(ram.layout.pages, 0.5, 3)
+        data, zero = plan(ram.layout.pages, 0.5, 3)
+        end = runs.expand(data)[data_pages - 1]
+        assert report.zero_pages == int(zero[1][zero[0] < end].sum())
+        assert int(runs.expand(ram.data_runs()).max()) == end
         assert ram.pages[runs.expand(data)].tobytes()[:1_500_000] == noise(1, 1_500_000)
 
 
