@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 from switchover.v1 import host_pb2, host_pb2_grpc
@@ -66,7 +66,7 @@ def machine_toml(
 class Daemon:
     """A daemon process; `address` is where it says that it listens."""
 
-    def __init__(self, process: subprocess.Popen[str], state_dir: Path, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], state_dir: Path, log: Path, reach: str | None) -> None:
         self.process = process
         self.state_dir = state_dir
         self.log = log
@@ -77,7 +77,8 @@ class Daemon:
             raise AssertionError(f"the daemon did not start: {line}{log.read_text()}")
         self.address = line.strip().rpartition(" ")[2]
         self.said = process.stdout.readline().strip()
-        self.channel = open_channel(self.address)
+        self.port = self.address.rpartition(":")[2]
+        self.channel = open_channel(f"{reach}:{self.port}" if reach else self.address)
         self.stub = host_pb2_grpc.HostServiceStub(self.channel)
 
     def look(self) -> host_pb2.GetMachineResponse:
@@ -140,7 +141,7 @@ class Hold:
     def release(self) -> None:
         self._path.unlink(missing_ok=True)
 
-    def __enter__(self) -> Hold:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,8 +167,12 @@ class Rig:
         listen: str = "127.0.0.1:0",
         command: tuple[str, ...] = (),
         prefix: tuple[str, ...] = (),
+        reach: str | None = None,
     ) -> Daemon:
-        """Start a daemon; `machine` is the text of its machine file, `prefix` what the command is run by."""
+        """Start a daemon; `machine` is the text of its machine file, `prefix` what the command is run by.
+
+        `reach` is the host by which the test reaches it, if that is not where it listens.
+        """
         name = state or f"{role}{len(self._daemons)}"
         arguments = [*prefix, *(command or (sys.executable, "-m", "console", role)), "--listen", listen]
         if machine is not None:
@@ -185,7 +190,7 @@ class Rig:
                 text=True,
                 env={**os.environ, "SWITCHOVER_HOOKS": str(self.hooks)},
             )
-        daemon = Daemon(process, state_dir, log)
+        daemon = Daemon(process, state_dir, log, reach)
         self._daemons.append(daemon)
         return daemon
 
