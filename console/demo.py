@@ -6,8 +6,6 @@ import ctypes
 import json
 import os
 import signal
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -15,24 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import grpc
 from rich.console import Console
 from rich.text import Text
 from switchover.v1.host_pb2 import (
     GetMachineRequest,
     Machine,
     MigrateRequest,
-    StopMachineRequest,
 )
-from switchover.v1.host_pb2_grpc import HostServiceStub
 from switchover.v1.migration_pb2 import VerifyMode
 
 from common.machine.config import parse
 from common.machine.quantities import format_size
-from common.rpc.channel import open_channel
 from console.daemon import QUICK_CALL_S, daemon, plain_data, printable
-from console.errors import CommandError
 from console.exit_codes import ExitCode, exit_code_of
+from console.launch import running_host, wait_until_it_runs
 from console.migration import migrate
 from console.progress import open_progress
 from console.report import report
@@ -46,11 +40,9 @@ RAM_STEP = 64 * MIB
 MIN_RAM = 256 * MIB
 MAX_RAM = 1024 * MIB
 DATA_SHARE = 0.6  # the rest of RAM stays zero, as RAM does
-START_S = 120.0  # until a daemon listens, until its machine runs
 STOP_S = 15.0
 RUN_BEFORE_S = 2.0
 RUN_AFTER_S = 1.0
-LISTENING = "switchover host: listening on "
 PR_SET_CHILD_SUBREAPER = 36
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -77,10 +69,10 @@ def run(*, verify: str, ram: int | None, as_json: bool) -> ExitCode:
 
 def _story(console: Console, stack: ExitStack, workspace: Path, verify: str, *, as_json: bool) -> ExitCode:
     _say(console, "Two daemons on this host stand for two hosts. A starts a machine:")
-    a = stack.enter_context(_host(workspace / "a", workspace / "machine.toml"))
-    before = _wait_until_it_runs(a, workspace / "a")
+    a = stack.enter_context(running_host(workspace / "a", workspace / "machine.toml"))
+    before = wait_until_it_runs(a, workspace / "a")
     _introduce(console, before)
-    b = stack.enter_context(_host(workspace / "b", None))
+    b = stack.enter_context(running_host(workspace / "b", None))
     time.sleep(RUN_BEFORE_S)
     _say(console, f"Now it moves from A ({a}) to B ({b}), while it runs:")
     request = MigrateRequest(destination=b, verify=VerifyMode.Value(f"VERIFY_MODE_{verify}"))
@@ -201,67 +193,6 @@ def _tell_how_it_goes_on(console: Console, before: Machine, after: Machine) -> N
         _say(console, "None of them has found a wrong byte.")
     if len(after.programs) < len(before.programs):
         _say(console, "Some of its programs are gone.", "bold red")
-
-
-@contextmanager
-def _host(directory: Path, machine: Path | None) -> Iterator[str]:
-    """Run a daemon with both roles in `directory`; yield its address; end it and its machine."""
-    directory.mkdir()
-    # -P: a folder named console in the current directory is not ours.
-    command = [sys.executable, "-P", "-m", "console", "host", "--listen", "127.0.0.1:0", "--state-dir", str(directory)]
-    command += ["--machine", str(machine)] if machine else []
-    with (directory / "stdout").open("wb") as stdout, (directory / "stderr").open("wb") as stderr:
-        # In a session of its own, so that Ctrl-C on the terminal reaches us alone.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
-        )
-    address = None
-    try:
-        address = _listening(process, directory)
-        yield address
-    finally:
-        if address is not None:
-            # A machine may outlive its daemon, so it must be told itself.
-            with suppress(grpc.RpcError), open_channel(address) as channel:
-                HostServiceStub(channel).StopMachine(StopMachineRequest(), timeout=STOP_S)
-        process.terminate()
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _listening(process: subprocess.Popen[bytes], directory: Path) -> str:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        lines = (directory / "stdout").read_text(errors="replace").splitlines(keepends=True)
-        if lines and lines[0].endswith("\n"):
-            if not lines[0].startswith(LISTENING):
-                break
-            return lines[0].removeprefix(LISTENING).strip()
-        if process.poll() is not None:
-            break
-        time.sleep(0.02)
-    raise CommandError(f"a daemon of the demo has not started: {_last_line(directory)}", ExitCode.FAILED)
-
-
-def _wait_until_it_runs(address: str, directory: Path) -> Machine:
-    deadline = time.monotonic() + START_S
-    with daemon(address) as stub:
-        while time.monotonic() < deadline:
-            machine = stub.GetMachine(GetMachineRequest(), timeout=QUICK_CALL_S).machine
-            if machine.state == "running":
-                return machine
-            if machine.state == "failed":
-                raise CommandError(f"the demo's machine has failed: {printable(machine.failure)}", ExitCode.FAILED)
-            time.sleep(0.05)
-    raise CommandError(f"the demo's machine does not run: {_last_line(directory)}", ExitCode.FAILED)
-
-
-def _last_line(directory: Path) -> str:
-    lines = (directory / "stderr").read_text(errors="replace").split("\n")
-    return printable(next((line for line in reversed(lines) if line.strip()), "it has said nothing"))
 
 
 @contextmanager

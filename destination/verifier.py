@@ -20,7 +20,7 @@ from common.memory.ram import GuestRam
 
 __all__ = ["Verifier", "compare_device"]
 
-SETTLE_SECONDS = 0.25
+SETTLE_SECONDS = 0.02
 NEVER_READ = -1
 
 

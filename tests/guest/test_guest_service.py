@@ -139,6 +139,7 @@ def test_descriptors_of_a_refused_attach_are_closed(control: Client) -> None:
     with pytest.raises(RequestError):
         control.call("attach", fds=[writer], boot={})
     os.close(writer)
+    os.set_blocking(reader, False)
     assert os.read(reader, 1) == b""
     os.close(reader)
 

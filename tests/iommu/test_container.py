@@ -277,6 +277,38 @@ def test_bits_past_the_end_are_no_answer(ram, destination):
     assert destination.round() == {0, 1, 2, 3}
 
 
+def test_an_unmap_that_cannot_be_asked_about_costs_the_log(ram, destination):
+    """A REPORT that fails, here the one after an unmap, means that the log must be considered lost (kernel contract)."""
+    device = Device("a", ram, unmap_bitmap=False, outlives=True)
+    container = container_of(ram, device)
+    container.map(0, P, 0)
+    container.map(8 * P, P, 8 * P)
+    container.start_tracking(destination.dirty)
+    device.errors["report"] = errno.EIO
+    container.unmap(8 * P, P)
+    assert destination.round() == {8}
+    assert container.tracking.kind == "perpetual"
+    assert container.sync().uncovered_pages == 1 and destination.round() == {0}
+
+
+@pytest.mark.parametrize("writable", [True, False])
+@pytest.mark.parametrize("unmap_bitmap", [True, False])
+def test_what_shares_a_large_page_with_an_unmapped_one(ram, destination, writable, unmap_bitmap):
+    """A device that logs 32 KiB pages clears all eight when one of them is unmapped; its neighbours become dirty."""
+    limits = LogLimits(page_sizes=(8 * P,))
+    device = Device("a", ram, limits=limits, clears_granule=True, unmap_bitmap=unmap_bitmap)
+    container = container_of(ram, device, viommu=Viommu(48))
+    for n in range(7, 17):
+        container.map(n * P, P, (2 * n) * P, writable=writable or n != 10)
+    assert container.start_tracking(destination.dirty).page_size == 8 * P
+    device.write(9 * P)
+    container.unmap(10 * P, P)
+    assert destination.round() - {20} == {2 * n for n in range(8, 16) if n != 10}
+    container.sync()
+    destination.round()
+    assert destination.lost() == []
+
+
 def test_nothing_tracks_so_everything_is_dirty_at_every_sync(ram, destination):
     """M10, level 3: what QEMU 10.0 to 10.2.2 silently skips."""
     container = container_of(ram, Device("a", ram), Device("mute", ram, logging=False))

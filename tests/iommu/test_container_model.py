@@ -4,9 +4,9 @@ Guest and devices are not only busy between syncs: devices write inside every re
 guest maps and unmaps wherever a sync gives up the turn.
 
 Proven by breaking the code: with any one of these changes a counterexample is found. Uncovered ranges not marked at
-sync; not marked at unmap; the unmap's bitmap dropped; bits translated by identity; the neighbours in a large page not
-marked at unmap; the final marking of an arming left out; windows not widened to whole large pages; DMA by message not
-marked; a mapping that shares a large page taken for covered where devices are asked region by region.
+sync; not marked at unmap; the unmap's bitmap dropped; bits translated by identity; the final marking of an arming left
+out; DMA by message not marked; only the last device's answer kept; a mapping that is gone asked for, or one that shares
+a large page taken for covered, where devices are asked region by region.
 """
 
 from __future__ import annotations

@@ -99,34 +99,33 @@ class NicDriver(Driver[NicState]):
         if not count:
             return moment.now_ns + self._stall_ns
         packets = self._packets.data
-        remaps = 0
-        for request in range(first, first + count):
-            if remaps == MAPS_PER_STEP:
-                count = request - first
-                break
-            buffer = request % self.buffers.count
-            sequence, length = packets[buffer].tolist()
-            if length:
-                self._check(buffer, sequence, length, "kept")
-            remaps += self.maybe_remap(request, self._knobs.remap)
-        slots = self.ring.slots(first, count)
         buffers = np.arange(first, first + count) % self.buffers.count
+        remaps = 0
+        for index, (sequence, length) in enumerate(packets[buffers].tolist()):
+            if remaps == MAPS_PER_STEP:
+                buffers = buffers[:index]
+                break
+            if length:
+                self._check(int(buffers[index]), sequence, length, "kept")
+            remaps += self.maybe_remap(first + index, self._knobs.remap)
+        slots = self.ring.slots(first, buffers.size)
         packets["length"][buffers] = 0
         self._packets.mark()
         table = self.ring.table
         table["iova"][slots] = self.buffers.iovas[buffers]
         table["size"][slots] = self._knobs.buffer_size
         table["done"][slots] = 0
-        self.publish(first + count)
+        self.publish(first + int(buffers.size))
         return moment.now_ns if self.outstanding < self.ring.entries else moment.now_ns + self._stall_ns
 
     def finish(self, first: int, count: int) -> None:
         """Take packets: each must have the next sequence number and the right content."""
         packets = self._packets.data
         entries = self.ring.table[self.ring.slots(first, count)].tolist()
+        iovas = self.buffers.iovas.tolist()
         for request, (iova, _, done, sequence, length, checksum) in enumerate(entries, first):
             buffer = request % self.buffers.count
-            if iova != self.buffers.iovas[buffer]:
+            if iova != iovas[buffer]:
                 self.error(f"entry {request} points to {iova:#x}, not to its buffer")
             elif done != 1:
                 self.error(f"entry {request} was refused (done = {done}) at {iova:#x}")

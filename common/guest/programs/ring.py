@@ -71,6 +71,7 @@ class Buffers:
         self._memory: GuestMemory = area.memory
         self._table = area.array(count, "<u8")
         self._base = area.take(count * self._span)
+        self._content = self._memory.view(self._base, count * self._span).data
 
     @property
     def iovas(self) -> npt.NDArray[np.uint64]:
@@ -111,7 +112,8 @@ class Buffers:
         """Return what a buffer begins with."""
         if size > self.size:
             raise ValueError(f"{size} bytes do not fit into a buffer of {self.size}")
-        return self._memory.read(self.gpa(buffer), size)
+        start = buffer * self._span
+        return self._content[start : start + size].tobytes()
 
     def write(self, buffer: int, data: bytes) -> None:
         """Put `data` at the start of a buffer."""

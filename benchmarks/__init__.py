@@ -1,0 +1,1 @@
+"""Measurements: each prints a table and its command; none of them is a test."""
