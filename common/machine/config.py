@@ -91,6 +91,11 @@ _PROGRAM_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
         "rate": (rate(0, 100 * 10**9), 50_000_000),
         "region": (size(2 * MIB, MAX_RAM, multiple=RAM_STEP), None),  # default: see _programs
     },
+    "mapper": {
+        "device": (name, None),
+        "mappings": (integer(1, 16_384), 1000),
+        "rate": (integer(0, 10_000), 200),
+    },
     "clock": {"period_us": (integer(100, 1_000_000), 1000)},
     "driver": {
         "device": (name, None),
@@ -303,6 +308,8 @@ def _programs(tables: Sequence[Table], devices: Sequence[DeviceSpec], ram_size: 
                     f"the programs' areas and the writers' regions up to here need {-(-used // MIB)} MiB, "
                     f"but RAM below 3 GiB has {min(ram_size, LOW_END) // MIB} MiB",
                 )
+        elif program == "mapper":
+            _check_driver(table, knobs, devices)
         elif program == "driver":
             _check_driver(table, knobs, devices)
             if knobs["device"] in driven:

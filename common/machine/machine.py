@@ -90,7 +90,7 @@ class Machine:
                 for device in members
             ],
             viommu=self.viommu,
-            strategy=cast(Strategy, self.spec.viommu.strategy),
+            strategy=cast("Strategy", self.spec.viommu.strategy),
             bars=_PeerBars(self),
             turn=self.turn,
         )

@@ -134,7 +134,17 @@ class _Connection:
     def handlers(self) -> dict[str, Handler]:
         """Return what can be asked."""
         asked: list[Callable[..., Any]] = [
-            *(self.describe, self.blockers, self.spec, self.ram, self.devices, self.pause, self.resume, self.record, self.report),
+            *(
+                self.describe,
+                self.blockers,
+                self.spec,
+                self.ram,
+                self.devices,
+                self.pause,
+                self.resume,
+                self.record,
+                self.report,
+            ),
             *(self.shutdown, self.begin, self.start_tracking, self.enter_precopy, self.read_device, self.sizes),
             *(self.mapping_changes, self.sync, self.throttle, self.pause_vcpus, self.quiesce, self.leave_stop_copy),
             *(self.rest, self.digest, self.explain, self.end, self.enter_resuming, self.change_mappings),

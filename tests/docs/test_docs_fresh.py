@@ -37,6 +37,6 @@ def test_named_tests_exist(page: Path) -> None:
     defined = {
         name
         for file in (ROOT / "tests").rglob("*.py")
-        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
     }
     assert set(TEST_NAME.findall(prose(page))) <= defined | {file.stem for file in (ROOT / "tests").rglob("test_*.py")}

@@ -278,7 +278,7 @@ def test_bits_past_the_end_are_no_answer(ram, destination):
 
 
 def test_an_unmap_that_cannot_be_asked_about_costs_the_log(ram, destination):
-    """A REPORT that fails, here the one after an unmap, means that the log must be considered lost (kernel contract)."""
+    """A REPORT that fails, here the one after an unmap, means that the log is to be considered lost (kernel)."""
     device = Device("a", ram, unmap_bitmap=False, outlives=True)
     container = container_of(ram, device)
     container.map(0, P, 0)

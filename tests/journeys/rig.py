@@ -46,6 +46,7 @@ def machine_toml(
     rate: str = "5MB/s",
     viommu: str = "",
     guest: str = GUEST,
+    mappings: int = 0,
     extra: dict[str, str] | None = None,
 ) -> str:
     """Return a machine file with a clock, a writer, and a driver for each device; `extra` adds lines to a device."""
@@ -60,6 +61,8 @@ def machine_toml(
         number = counts.setdefault(kind, 0)
         counts[kind] += 1
         lines += ["[[guest]]", 'program = "driver"', f'device = "{kind}{number}"']
+    if mappings:
+        lines += ["[[guest]]", 'program = "mapper"', f'device = "{devices[0]}0"', f"mappings = {mappings}"]
     return "\n".join(lines) + "\n"
 
 

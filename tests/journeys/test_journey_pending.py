@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from rig import Rig, assert_completed, machine_toml
+from rig import Rig, assert_completed, machine_toml, wait_for
 from test_journey_localhost import goes_on
 
 
@@ -57,10 +57,10 @@ def test_inside_a_map_trap(rig: Rig, image: Path) -> None:
 
 
 def test_with_5000_live_mappings(rig: Rig, image: Path) -> None:
-    source = rig.start("source", machine_toml(image=image, devices=("nic",), extra_driver="mappings = 5000"))
+    source = rig.start("source", machine_toml(image=image, devices=("nic",), mappings=5000))
     destination = rig.start("destination")
     before = goes_on(source)
-    assert source.look().machine.containers[0].mappings >= 5000
+    wait_for(lambda: source.look().machine.containers[0].mappings >= 5000, "they are not mapped")
     result = source.migrate(destination.address)
     assert_completed(result)
     assert destination.look().machine.containers[0].mappings >= 5000

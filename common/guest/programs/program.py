@@ -196,8 +196,8 @@ class Program(Generic[_State]):
         self._header.errors += 1
 
     def report(self) -> dict[str, object]:
-        """Return name, counters and errors. Before the start only the name: RAM is not looked at."""
-        if not self._started or self._lost is not None:
+        """Return name, counters and errors. Only the name until the state is known: RAM is not looked at."""
+        if (not self._started and self._steps is None) or self._lost is not None:
             return {"name": self.name, "counters": {}, "errors": [self._lost] if self._lost else []}
         header = self._header
         shown = min(header.errors, MESSAGES)

@@ -14,6 +14,7 @@ from common.guest.programs.driver_nic import NicDriver, NicKnobs
 from common.guest.programs.driver_nvme import NvmeDriver, NvmeKnobs
 from common.guest.programs.idle import Idle
 from common.guest.programs.iova import TOP, WINDOW
+from common.guest.programs.mapper import Mapper, MapperKnobs
 from common.guest.programs.program import Area, Program
 from common.guest.programs.writer import Writer, WriterKnobs
 
@@ -26,9 +27,9 @@ def create_programs(boot: Boot, memory: GuestMemory, devices: Mapping[str, Guest
     drivers_in: dict[str, int] = {}
     for info in boot.programs:
         top = TOP
-        if info.program == "driver":
+        if info.program in ("driver", "mapper"):
             device = _device(devices, info, "device")
-            # Drivers that share an address space must not give out the same addresses.
+            # Programs that share an address space must not give out the same addresses.
             index = drivers_in.get(device.container, 0)
             drivers_in[device.container] = index + 1
             top = TOP - index * WINDOW
@@ -52,6 +53,10 @@ def _create(
             return Writer(info.name, area, read_knobs(WriterKnobs, info.knobs))
         case "clock":
             return Clock(info.name, area, read_knobs(ClockKnobs, info.knobs))
+        case "mapper":
+            return Mapper(
+                info.name, area, read_knobs(MapperKnobs, info.knobs), _device(devices, info, "device"), iova_top
+            )
         case "driver":
             return _create_driver(boot, info, area, devices, iova_top)
     raise ValueError(f"there is no program {info.program!r:.40}")
