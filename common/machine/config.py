@@ -94,7 +94,7 @@ _PROGRAM_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
     "mapper": {
         "device": (name, None),
         "mappings": (integer(1, 16_384), 1000),
-        "rate": (integer(0, 10_000), 200),
+        "changes": (integer(0, 10_000), 200),
     },
     "clock": {"period_us": (integer(100, 1_000_000), 1000)},
     "driver": {

@@ -143,7 +143,6 @@ def test_no_interleaving_has_two_owners_or_no_way_to_one() -> None:
     ("cell", "state"),
     [
         ((REVOKED, Event.COMMIT), COMMITTED),  # a late COMMIT overrules the decision
-        ((COMMITTED, Event.REVOKE), REVOKED),  # a decision is taken back
         ((RUNNING, Event.REVOKE), RUNNING),  # revoked is said, and not done
         ((READY, Event.REVOKE), READY),
     ],
@@ -178,4 +177,13 @@ def test_the_walk_notices_a_machine_that_nobody_gets(
 ) -> None:
     """Without a way out of COMMITTING for one of the answers the machine stands still for ever."""
     monkeypatch.delitem(source._TABLE, cell)
+    assert stuck(walk())
+
+
+@pytest.mark.parametrize("state", [COMMITTED, STARTING, RUNNING])
+def test_the_walk_notices_a_decision_that_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, state: State.ValueType
+) -> None:
+    """The source has heard of the decision and let go, and then nobody has the machine."""
+    monkeypatch.setitem(destination._TABLE, (state, Event.REVOKE), REVOKED)
     assert stuck(walk())

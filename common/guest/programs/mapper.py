@@ -22,17 +22,17 @@ NS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class MapperKnobs:
-    """`mappings` of a page each, in the address space of `device`; `rate` of them are changed in a second."""
+    """`mappings` of a page each, in the address space of `device`; `changes` of them in a second."""
 
     device: str
     mappings: int = 1000
-    rate: int = 200
+    changes: int = 200
 
     def __post_init__(self) -> None:
         if not 1 <= self.mappings <= 16_384:
             raise ValueError(f"mappings must be 1 to 16384, not {self.mappings}")
-        if not 0 <= self.rate <= 10_000:
-            raise ValueError(f"rate must be 0 to 10000, not {self.rate}")
+        if not 0 <= self.changes <= 10_000:
+            raise ValueError(f"changes must be 0 to 10000, not {self.changes}")
 
 
 @in_ram
@@ -65,14 +65,14 @@ class Mapper(Program[MapperState]):
                 self._map(number, number)
                 state.mapped = number + 1
             return moment.now_ns
-        if not self._knobs.rate:
+        if not self._knobs.changes:
             return NEVER
         for _ in range(CHANGES_PER_STEP):
             lap, number = divmod(state.changes, self._knobs.mappings)
             self._device.unmap(self._base + number * PAGE_SIZE, PAGE_SIZE)
             self._map(number, number + lap + 1)
             state.changes += 1
-        return moment.now_ns + CHANGES_PER_STEP * NS // self._knobs.rate
+        return moment.now_ns + CHANGES_PER_STEP * NS // self._knobs.changes
 
     def _map(self, number: int, target: int) -> None:
         gpa = self._targets + target % TARGETS * PAGE_SIZE

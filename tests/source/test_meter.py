@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from source import meter as meter_module
+from source.meter import ENOUGH_BYTES, ENOUGH_SECONDS, Meter
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be moved by hand."""
+    moment = [1000.0]
+    monkeypatch.setattr(meter_module, "time", SimpleNamespace(monotonic=lambda: moment[0]))
+    return moment
+
+
+def test_nothing_is_known_before_a_round_ends(now: list[float]) -> None:
+    meter = Meter()
+    assert meter.bandwidth == 0 and meter.current_bandwidth() == 0
+    meter.applied(256, MIB)
+    assert meter.bandwidth == 0
+
+
+def test_counts_acks(now: list[float]) -> None:
+    meter = Meter()
+    meter.applied(256, MIB)
+    meter.applied(1, 100)
+    assert (meter.total_bytes, meter.round_pages) == (MIB + 100, 257)
+
+
+def test_the_first_round_is_better_than_nothing() -> None:
+    meter = Meter()
+    meter.round_done(0.01, 4096)
+    assert meter.bandwidth == pytest.approx(409_600)
+
+
+def test_a_round_that_is_too_small_does_not_change_the_estimate() -> None:
+    """A few bytes in no time, or in a long one, tell nothing of the link."""
+    meter = Meter()
+    meter.round_done(1.0, 100 * MIB)
+    for seconds, size in ((0.001, 64), (0.02, 4096)):
+        meter.round_done(seconds, size)
+        # The small rounds are taken together with the last one that was long enough.
+        assert meter.bandwidth == pytest.approx(100 * MIB, rel=0.03)
+    meter.round_done(0.5, 100 * MIB)
+    assert meter.bandwidth == pytest.approx(200 * MIB)
+
+
+def test_nothing_in_no_time_is_no_bandwidth() -> None:
+    meter = Meter()
+    meter.round_done(0.0, 0)
+    assert meter.bandwidth == 0
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 10), st.integers(0, 1 << 34)), min_size=1, max_size=100),
+)
+def test_the_estimate_is_the_mean_of_the_fewest_last_rounds_that_suffice(rounds: list[tuple[float, int]]) -> None:
+    meter = Meter()
+    expected = 0.0
+    for end in range(1, len(rounds) + 1):
+        meter.round_done(*rounds[end - 1])
+        for start in range(end - 1, max(end - 65, -1), -1):
+            spent = sum(seconds for seconds, _ in rounds[start:end])
+            sent = sum(size for _, size in rounds[start:end])
+            if spent >= ENOUGH_SECONDS and sent >= ENOUGH_BYTES:
+                expected = sent / spent
+                break
+        else:
+            expected = expected or sent / spent
+        assert meter.bandwidth == pytest.approx(expected)
+
+
+def test_the_bandwidth_shown_is_of_the_last_second(now: list[float]) -> None:
+    meter = Meter()
+    meter.applied(1, 8 * MIB)  # long ago by then
+    now[0] += 5.0
+    meter.applied(1, 3 * MIB)
+    now[0] += 0.5
+    meter.applied(1, 2 * MIB)
+    assert meter.current_bandwidth() == pytest.approx(10 * MIB)
+    assert meter.total_bytes == 13 * MIB
+
+
+def test_the_first_ack_is_not_an_infinite_bandwidth(now: list[float]) -> None:
+    meter = Meter()
+    meter.applied(256, MIB)
+    assert meter.current_bandwidth() == pytest.approx(MIB / ENOUGH_SECONDS)
