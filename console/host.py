@@ -44,6 +44,6 @@ def run(listen: str, machine: Path | None, state_dir: Path | None) -> int:
             host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
             migration_pb2.DESCRIPTOR.services_by_name["MigrationService"].full_name,
         ],
-        opening=lambda: host.open_machine(spec),
+        opening=lambda: outgoing.open_machine(spec),
         closing=close,
     )

@@ -19,7 +19,7 @@ import structlog
 from switchover.v1 import migration_pb2
 
 from common import hooks
-from common.host.host import Host
+from common.host.host import COMMITTED, REVOKED, Host
 from common.ipc.channel import ClosedError, RequestError
 from common.machine.client import Changes, DeviceConfig, MachineClient, MappingChange
 from common.machine.config import ConfigError, MachineSpec, from_json
@@ -172,8 +172,8 @@ class Arrival:
                 strict = self._verify == Verify.VERIFY_MODE_STRICT
                 reading = self._pool.submit(self._verifier.read_all if strict else self._verifier.complete)
             assert self._machine is not None
-            self._machine.load(vcpu, [_config(device) for device in request.devices])
             self._paused = request.paused
+            self._machine.load(vcpu, [_config(device) for device in request.devices], paused=request.paused)
             if reading is not None and self._verify == Verify.VERIFY_MODE_DEFERRED:
                 reading.result()
                 self._device_digests = self._digest_devices()
@@ -256,9 +256,7 @@ class Arrival:
             self._record(Ownership.STARTING)
             self.state = handover.after(self.state, Event.START)
             began = time.monotonic()
-            self._machine.arrived()
-            if not self._paused:
-                self._machine.resume()
+            self._machine.take_over()
             start_us = int((time.monotonic() - began) * 1e6)
             self.state = handover.after(self.state, Event.STARTED)
         self._pool.submit(self._settle_in)
@@ -272,6 +270,7 @@ class Arrival:
         """After the start, off the clock: the machine is ours for good; its guest tells how long it stood still."""
         assert self._machine is not None
         self._record(Ownership.OWNER)
+        self._host.decide(self.session_id, COMMITTED)
         self._host.end_migration()
         self._host.events.publish(self.session_id, machine_state="paused" if self._paused else "running")
         deadline = time.monotonic() + IDLE_SECONDS
@@ -291,7 +290,7 @@ class Arrival:
             if self.state == handover.REVOKED:
                 return
             self.state = handover.after(self.state, Event.REVOKE)
-            self._host.record_revoked(self.session_id)
+            self._host.decide(self.session_id, REVOKED)
         _log.info("arrival revoked", session=self.session_id, reason=reason)
         self.close()
         if self._machine is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import grpc
 from switchover.v1 import migration_pb2, migration_pb2_grpc
 
-from common.host.host import Host
+from common.host.host import COMMITTED, REVOKED, Host
 from common.ipc.channel import ClosedError, RequestError
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError
@@ -42,8 +42,11 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
                 "PROTOCOL_VERSION",
                 f"the source speaks protocol {request.protocol_version}, this destination {known}",
             )
-        if not (request.session_id.isalnum() and len(request.session_id) <= 64):
-            raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "the session's name is not one")
+        _check_session_id(request.session_id)
+        if self._host.decision(request.session_id) is not None:
+            raise RefusalError(
+                grpc.StatusCode.FAILED_PRECONDITION, "SESSION_ENDED", "this session has ended here; begin a new one"
+            )
         if self._host.machine is not None:
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "HAS_MACHINE", "this host has a machine already")
         record = self._host.record()
@@ -141,10 +144,10 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             except ValueError:
                 return migration_pb2.ResolveResponse(state=arrival.state)
             return migration_pb2.ResolveResponse(state=handover.REVOKED)
-        record = self._host.record()
-        if record is not None and record.session_id == request.session_id:
+        _check_session_id(request.session_id)
+        if self._host.decision(request.session_id) == COMMITTED:
             return migration_pb2.ResolveResponse(state=handover.COMMITTED)
-        self._host.record_revoked(request.session_id)
+        self._host.decide(request.session_id, REVOKED)
         return migration_pb2.ResolveResponse(state=handover.REVOKED)
 
     def Abort(self, request: migration_pb2.AbortRequest, context: grpc.ServicerContext) -> migration_pb2.AbortResponse:
@@ -193,6 +196,11 @@ def _parse(message: object) -> PageBatch:
         return parse(message)
     except ValueError as error:
         raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"page batch: {error}") from error
+
+
+def _check_session_id(session_id: str) -> None:
+    if not (session_id.isascii() and session_id.isalnum() and len(session_id) <= 64):
+        raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "the session's name is not one")
 
 
 def _metadata(context: grpc.ServicerContext, key: str) -> str:

@@ -28,6 +28,6 @@ def run(listen: str, machine: Path | None, state_dir: Path | None) -> int:
         listen,
         lambda server: host_pb2_grpc.add_HostServiceServicer_to_server(servicer, server),
         [host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name],
-        opening=lambda: host.open_machine(spec),
+        opening=lambda: servicer.open_machine(spec),
         closing=servicer.close,
     )

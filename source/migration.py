@@ -36,6 +36,7 @@ from common.vfio.migration import MigrationFlags
 from source import handover, verdict
 from source.account import Account
 from source.clock import measure
+from source.commit import RevokedError, commit
 from source.history import History
 from source.lanes import LaneStats, PageLanes
 from source.limiter import Limiter
@@ -48,7 +49,6 @@ __all__ = ["PROTOCOL_VERSION", "Migration"]
 PROTOCOL_VERSION = 1
 CALL_SECONDS = 20.0
 LONG_CALL_SECONDS = 120.0  # Prepare touches all RAM, Finish loads all devices, Verify reads all RAM
-RESOLVE_SECONDS = 1.0
 GUEST_GAP_SECONDS = 1.0
 WAIT_SECONDS = 0.02
 
@@ -62,10 +62,6 @@ class CancelledError(Exception):
 
 class NotConvergedError(Exception):
     """A limit was reached before the machine could be switched over within the accepted downtime."""
-
-
-class RevokedError(Exception):
-    """The destination has decided that it does not take the machine."""
 
 
 class Migration:
@@ -350,7 +346,14 @@ class Migration:
         self._check()
         began = time.monotonic()
         self._decide(handover.Event.BEGIN)
-        start_ms = self._commit()
+        hooks.reach("source.committing")
+        try:
+            start_ms = commit(
+                self._stub, self.session_id, self._account.result.machine_uuid, self._incarnation, self._account.say
+            )
+        except RevokedError:
+            self._decide(handover.Event.REVOKED)
+            raise
         self._decide(handover.Event.COMMITTED)
         now = time.monotonic()
         result = self._account.result
@@ -364,38 +367,6 @@ class Migration:
         state = handover.after(self._ownership, event)
         self._machine.record(state, session_id=self.session_id, peer=self._address)
         self._ownership = state
-
-    def _commit(self) -> float:
-        """Return how long the destination took to start the machine, in milliseconds; 0 if it could not be asked."""
-        try:
-            with self._calling():
-                response = self._stub.Commit(
-                    migration_pb2.CommitRequest(session_id=self.session_id, incarnation=self._incarnation),
-                    timeout=CALL_SECONDS,
-                )
-        except PeerError as error:
-            _log.warning("COMMIT was not answered", reason=error.reason, message=str(error))
-            self._resolve()
-            return 0.0
-        return response.start_us / 1000
-
-    def _resolve(self) -> None:
-        """Ask until the destination says who owns the machine; raise `RevokedError` if it does not."""
-        request = migration_pb2.ResolveRequest(
-            session_id=self.session_id, machine_uuid=self._account.result.machine_uuid
-        )
-        while True:
-            try:
-                with self._calling():
-                    state = self._stub.Resolve(request, timeout=CALL_SECONDS).state
-            except PeerError as error:
-                self._account.say(f"who owns the machine is not known until the destination answers: {error}")
-                time.sleep(RESOLVE_SECONDS)
-                continue
-            if state == migration_pb2.SESSION_STATE_REVOKED:
-                self._decide(handover.Event.REVOKED)
-                raise RevokedError("the destination did not commit; the machine goes on here")
-            return
 
     # done: the verdict, then the machine's copy here is let go.
 

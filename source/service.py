@@ -10,7 +10,10 @@ from switchover.v1 import host_pb2, migration_pb2
 
 from common.host.host import Host
 from common.host.service import HostServicer
+from common.machine.config import MachineSpec
+from common.machine.record import Ownership
 from common.rpc.errors import RefusalError
+from source.commit import settle
 from source.migration import Migration
 
 __all__ = ["SourceServicer"]
@@ -26,6 +29,14 @@ class SourceServicer(HostServicer):
         super().__init__(host)
         self._migration: Migration | None = None
         self._thread: threading.Thread | None = None
+
+    def open_machine(self, spec: MachineSpec | None) -> str:
+        """Find or start the host's machine, and finish a handover that an earlier daemon has left undecided."""
+        said = self.host.open_machine(spec)
+        record = self.host.record()
+        if record is not None and record.ownership is Ownership.COMMITTING:
+            settle(self.host, record)
+        return said
 
     def Migrate(self, request: host_pb2.MigrateRequest, context: grpc.ServicerContext) -> host_pb2.MigrateResponse:
         """Check that the machine can leave, and start it on its way."""

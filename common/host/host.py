@@ -16,7 +16,6 @@ import grpc
 import structlog
 
 from common.host.events import Events
-from common.ipc.channel import ClosedError
 from common.machine import record
 from common.machine.client import MachineClient
 from common.machine.config import MachineSpec
@@ -24,7 +23,10 @@ from common.machine.launch import launch
 from common.machine.record import Ownership, Record
 from common.rpc.errors import RefusalError
 
-__all__ = ["Host", "HostError", "default_state_dir"]
+__all__ = ["COMMITTED", "REVOKED", "Host", "HostError", "default_state_dir"]
+
+COMMITTED, REVOKED = "COMMITTED", "REVOKED"
+ARRIVED = (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER)
 
 _log = structlog.get_logger()
 
@@ -73,43 +75,70 @@ class Host:
         path.mkdir(parents=True, mode=0o700)
         return path
 
+    def say(self, session_id: str, message: str) -> None:
+        """Publish a line that belongs to a session."""
+        self.events.publish(session_id, message=message)
+
     def remove_run_directory(self, session_id: str) -> None:
         """Remove what a machine process left."""
         shutil.rmtree(self.directory / "run" / session_id, ignore_errors=True)
 
-    def record_revoked(self, session_id: str) -> None:
-        """Make it durable that a session will never be committed here."""
-        directory = self.directory / "revoked"
+    def decide(self, session_id: str, decision: str) -> None:
+        """Make it durable, for as long as this host exists, how a session that came here ended."""
+        directory = self.directory / "decisions"
         directory.mkdir(exist_ok=True)
-        (directory / session_id).touch()
+        record.write_durably(directory / session_id, decision)
+
+    def decision(self, session_id: str) -> str | None:
+        """Return how a session ended: COMMITTED, REVOKED, or None if that is open, or no such session came.
+
+        A COMMIT is decided by the record already; its own file is written later, for when the record has moved on.
+        """
+        known = self.record()
+        if known is not None and known.session_id == session_id and known.ownership in ARRIVED:
+            return COMMITTED
+        try:
+            return (self.directory / "decisions" / session_id).read_text()
+        except FileNotFoundError:
+            return None
 
     def open_machine(self, spec: MachineSpec | None) -> str:
         """Find the machine that runs here, or start the one described; return a sentence that says which.
 
-        The record is read first: a machine that has moved away is never started a second time here.
+        The record is read first: a machine that has moved away is never started a second time here, and one whose
+        handover is not decided stands still until it is.
         """
         known = self.record()
         if known is None:
-            if spec is None:
-                return "no machine"
-            return self._boot(spec)
+            return self._boot(spec) if spec is not None else "no machine"
         if known.ownership is Ownership.GONE:
             return f"machine {known.name} is not started: it has moved to {known.peer}"
         try:
-            self.machine = MachineClient.connect(Path(known.directory))
-        except (OSError, ClosedError):
-            if known.ownership is not Ownership.OWNER:
-                raise HostError(
-                    f"machine {known.name} was {known.ownership} to or from {known.peer} when its process ended; "
-                    "it is not started here"
-                ) from None
-            if spec is None:
-                return f"machine {known.name} was switched off"
-            return self._boot(spec)
+            machine = MachineClient.connect(Path(known.directory))
+        except OSError:
+            return self._without_process(known, spec)
         if spec is not None and spec.name != known.name:
-            name = known.name
-            raise HostError(f"{self.directory} holds machine {name}, not {spec.name}; choose another --state-dir")
-        return f"machine {known.name} found running"
+            machine.close()
+            raise HostError(f"{self.directory} holds machine {known.name}, not {spec.name}; choose another --state-dir")
+        self.machine = machine
+        if known.ownership is Ownership.COMMITTING:
+            return f"machine {known.name} found; whether it is at {known.peer} now is being asked"
+        if known.ownership is not Ownership.OWNER:
+            # It was committed to this host, so it is ours: what the last daemon did not come to do is done now.
+            machine.take_over()
+            machine.record(Ownership.OWNER, session_id=known.session_id)
+            self.decide(known.session_id, COMMITTED)
+        return f"machine {known.name} found {machine.describe().state}"
+
+    def _without_process(self, known: Record, spec: MachineSpec | None) -> str:
+        if known.ownership is not Ownership.OWNER:
+            raise HostError(
+                f"machine {known.name} was {known.ownership} when its process ended: its RAM here is lost, "
+                "and it is not started again"
+            )
+        if spec is None:
+            return f"machine {known.name} was switched off"
+        return self._boot(spec)
 
     def _boot(self, spec: MachineSpec) -> str:
         uuid = spec.uuid or str(uuid4())

@@ -299,12 +299,16 @@ class MachineClient:
         """Give a device migration data."""
         self._client.call("write_device", data, name=name)
 
-    def load(self, vcpu: Mapping[str, Any], devices: Sequence[DeviceConfig]) -> None:
-        """Take all devices out of RESUMING, which validates their state; restore config and vCPU state."""
+    def load(self, vcpu: Mapping[str, Any], devices: Sequence[DeviceConfig], *, paused: bool) -> None:
+        """Take all devices out of RESUMING, which validates their state; restore config and vCPU state.
+
+        `paused`: the machine will not run before its user resumes it.
+        """
         self._client.call(
             "load",
             b"".join(device.config_space for device in devices),
             vcpu=vcpu,
+            paused=paused,
             devices=[
                 {
                     "name": device.name,
@@ -316,6 +320,6 @@ class MachineClient:
             ],
         )
 
-    def arrived(self) -> None:
-        """Make it a machine that is paused here; `resume` starts it."""
-        self._client.call("arrived")
+    def take_over(self) -> None:
+        """Start a machine that has arrived, unless it was paused where it came from; again: no effect."""
+        self._client.call("take_over")

@@ -7,6 +7,7 @@ between two steps of their engines is asked in the machine's turn (`common.iommu
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import threading
 import uuid
@@ -39,7 +40,7 @@ _log = structlog.get_logger()
 
 
 class Machine:
-    """All of a machine. `state` is "running", "paused", "incoming", "moved" or "failed"."""
+    """All of a machine. `state` is "running", "paused", "incoming", "handing over", "moved" or "failed"."""
 
     def __init__(self, spec: MachineSpec, directory: Path, *, incoming: bool) -> None:
         """Build it, standing still: empty if `incoming`, else with its image in RAM."""
@@ -178,8 +179,10 @@ class Machine:
         with self.lock:
             if self.state == "running":
                 return
-            if self.state in ("failed", "moved"):
-                raise OSError(22, f"the machine has {self.state}" + (f": {self.failure}" if self.failure else ""))
+            if self.state not in ("paused", "failed"):
+                raise OSError(errno.EINVAL, f"the machine is {self.state}")
+            if self.state == "failed":
+                raise OSError(errno.EINVAL, f"the machine has failed: {self.failure}")
             try:
                 self.start()
             except OSError as error:

@@ -128,6 +128,7 @@ class Arriving:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self._paused = False
 
     def enter_resuming(self) -> None:
         """Take all devices to RESUMING, before the first byte (contract M8)."""
@@ -140,7 +141,14 @@ class Arriving:
         for container, iova, size, gpa, readable, writable in added:
             self._machine.containers[container].map(iova, size, gpa, readable=readable, writable=writable)
 
-    def load(self, vcpu: Mapping[str, Any], configs: Mapping[str, bytes], pending: Mapping[str, Pending]) -> None:
+    def load(
+        self,
+        vcpu: Mapping[str, Any],
+        configs: Mapping[str, bytes],
+        pending: Mapping[str, Pending],
+        *,
+        paused: bool,
+    ) -> None:
         """Take all devices out of RESUMING side by side, which validates their state; restore all the rest."""
         devices = self._machine.devices
         for name, its in pending.items():
@@ -155,3 +163,11 @@ class Arriving:
             devices[name].restore_config(config)
         self._machine.vcpus.state_in(vcpu)
         self._machine.pending = dict(pending)
+        self._paused = paused
+
+    def take_over(self) -> None:
+        """Make it a machine of this host, and start it unless it came paused."""
+        if self._machine.state == "incoming":
+            self._machine.state = "paused"
+            if not self._paused:
+                self._machine.resume()

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-__all__ = ["Ownership", "Record", "read", "write"]
+__all__ = ["Ownership", "Record", "read", "write", "write_durably"]
 
 
 class Ownership(StrEnum):
@@ -52,9 +52,14 @@ def read(path: Path) -> Record | None:
 
 def write(path: Path, record: Record) -> None:
     """Make the record durable (about 0.6 ms)."""
-    temporary = path.with_suffix(".new")
+    write_durably(path, json.dumps(asdict(record), indent=1))
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file whole; when this returns it survives a power failure."""
+    temporary = path.with_name(f"{path.name}.new")
     with temporary.open("w") as file:
-        json.dump(asdict(record), file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

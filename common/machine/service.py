@@ -43,6 +43,7 @@ class MachineService:
         self.arriving = Arriving(machine)
         self.committed = False
         self.incarnation = incarnation
+        self._state_before = machine.state
         self._directory = directory
         self._record_path = record_path
         self._lock = threading.Lock()
@@ -119,8 +120,12 @@ class MachineService:
             ),
         )
         self.committed = ownership is not Ownership.OWNER
-        if ownership is Ownership.GONE:
+        if ownership is Ownership.COMMITTING:
+            self._state_before, self.machine.state = self.machine.state, "handing over"
+        elif ownership is Ownership.GONE:
             self.machine.state = "moved"
+        elif self.machine.state == "handing over":
+            self.machine.state = self._state_before
 
 
 class _Connection:
@@ -148,7 +153,7 @@ class _Connection:
             *(self.shutdown, self.begin, self.start_tracking, self.enter_precopy, self.read_device, self.sizes),
             *(self.mapping_changes, self.sync, self.throttle, self.pause_vcpus, self.quiesce, self.leave_stop_copy),
             *(self.rest, self.digest, self.explain, self.end, self.enter_resuming, self.change_mappings),
-            *(self.write_device, self.load, self.arrived),
+            *(self.write_device, self.load, self.take_over),
         ]
         return {handler.__name__: handler for handler in asked}
 
@@ -300,10 +305,10 @@ class _Connection:
             name, size = device["name"], device["config_size"]
             configs[name], payload = bytes(payload[:size]), payload[size:]
             pending[name] = Pending(tuple(device["vectors"]), tuple(device["doorbells"]))
-        self._service.arriving.load(request["vcpu"], configs, pending)
+        self._service.arriving.load(request["vcpu"], configs, pending, paused=request["paused"])
 
-    def arrived(self, _: Message) -> None:
-        self._machine.state = "paused"
+    def take_over(self, _: Message) -> None:
+        self._service.arriving.take_over()
 
 
 def _change(container: str, mapping: Mapping) -> tuple[str, int, int, int, bool, bool]:

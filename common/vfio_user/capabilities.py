@@ -27,7 +27,8 @@ class Extension:
 
     `precopy_info` and `data_size`: it says how much there is to read in PRE_COPY and STOP_COPY. `p2p`: it has the P2P
     states. `report_ranges`: it logs the ranges of START only, and REPORT takes any part of them, at any page size.
-    `comparable_dump`: equal states give equal STOP_COPY data. `iommu_dirty`: it plays an IOMMU that tracks.
+    `comparable_dump`: equal states give equal STOP_COPY data. `iommu_dirty`: it plays the IOMMU in front of the device,
+    which keeps dirty bits apart from the device's own log (codec.IOMMU_DIRTY_START and the two after it).
     """
 
     precopy_info: bool = True

@@ -302,19 +302,33 @@ class VfioUserClient:
         EPROTO if the device reports success without a bitmap, as some do for a range of several mappings: what it had
         logged there is lost or not, so it has to be taken for dirty.
         """
-        report = LoggingReport(iova, length, page_size)
-        size = vfio.bitmap_bytes(length, page_size)
+        return self._report("logging report", DeviceFeature.DMA_LOGGING_REPORT, LoggingReport(iova, length, page_size))
+
+    def iommu_dirty_start(self, page_size: int) -> int:
+        """Start the dirty bits of the IOMMU that the server plays; return the page size in bytes that they have."""
+        payload = LoggingStart(page_size, ()).pack()
+        answer = self._set("start of IOMMU dirty bits", codec.IOMMU_DIRTY_START, payload)
+        return self._checked("start of IOMMU dirty bits", LoggingStart.unpack, answer).page_size
+
+    def iommu_dirty_stop(self) -> None:
+        """Stop them; what they held is lost."""
+        self._set("stop of IOMMU dirty bits", codec.IOMMU_DIRTY_STOP, LoggingStart(PAGE_SIZE, ()).pack())
+
+    def iommu_dirty_report(self, iova: int, length: int, page_size: int) -> npt.NDArray[np.uint64]:
+        """Return, and clear, the IOMMU's bits of `length` bytes at `iova`; otherwise as `logging_report`."""
+        return self._report("IOMMU dirty bits", codec.IOMMU_DIRTY_REPORT, LoggingReport(iova, length, page_size))
+
+    def _report(self, name: str, number: int, report: LoggingReport) -> npt.NDArray[np.uint64]:
+        size = vfio.bitmap_bytes(report.length, report.page_size)
 
         def bitmap(payload: memoryview) -> memoryview:
             if len(payload) < LoggingReport.SIZE + size or LoggingReport.unpack(payload) != report:
                 raise ValueError("success without the bitmap")
             return payload[LoggingReport.SIZE : LoggingReport.SIZE + size]
 
-        what = f"logging report iova 0x{iova:x} size 0x{length:x}"
-        answer = LoggingReport.SIZE + size
-        return _bits(
-            self._get(what, DeviceFeature.DMA_LOGGING_REPORT, answer, bitmap, report.pack()), length, page_size
-        )
+        what = f"{name} iova 0x{report.iova:x} size 0x{report.length:x}"
+        found = self._get(what, number, LoggingReport.SIZE + size, bitmap, report.pack())
+        return _bits(found, report.length, report.page_size)
 
     # Connecting
 

@@ -29,6 +29,9 @@ __all__ = [
     "FLAG_REPLY",
     "FLAG_TYPE_MASK",
     "HEADER_SIZE",
+    "IOMMU_DIRTY_REPORT",
+    "IOMMU_DIRTY_START",
+    "IOMMU_DIRTY_STOP",
     "MAX_BITMAP",
     "MAX_COMMAND_SIZE",
     "MAX_REPLY_SIZE",
@@ -67,6 +70,15 @@ MAX_REPLY_SIZE: Final = MAX_BITMAP + 4096
 
 PRECOPY_INFO: Final = 0x8001
 """Feature number of our extension for VFIO_MIG_GET_PRECOPY_INFO; GET only, the payload is `PrecopyInfo`."""
+
+IOMMU_DIRTY_START: Final = 0x8010
+"""Feature number of our extension: keep an IOMMU's dirty bits of all that is mapped; SET, `LoggingStart` without ranges."""
+
+IOMMU_DIRTY_STOP: Final = 0x8011
+"""Stop to keep them, and lose them; SET, as DMA_LOGGING_STOP."""
+
+IOMMU_DIRTY_REPORT: Final = 0x8012
+"""Return and clear them; GET, as DMA_LOGGING_REPORT."""
 
 DMA_READABLE: Final = 1 << 0
 DMA_WRITABLE: Final = 1 << 1

@@ -73,7 +73,8 @@ class Device(Protocol):
     def dma_unmap(self, iova: int, size: int, page_size: int | None) -> Buffer | None:
         """Take a mapping away, exactly as it was made (else ENOENT), when the last access to it has ended.
 
-        With a `page_size` return, and clear, what the device's log has about it; a refusal leaves the mapping in place.
+        With a `page_size` return what the logs that run, the device's or the IOMMU's, have about it, and clear it; a
+        refusal leaves the mapping in place. The IOMMU's bits are gone with the mapping in any case.
         """
 
     def dma_unmap_all(self) -> None:
@@ -93,6 +94,15 @@ class Device(Protocol):
 
     def logging_report(self, iova: int, length: int, page_size: int) -> Buffer:
         """Return, and clear, the log's bitmap of a range."""
+
+    def iommu_dirty_start(self, page_size: int) -> int:
+        """Start the IOMMU's dirty bits, if `extension.iommu_dirty`; return the page size that they have."""
+
+    def iommu_dirty_stop(self) -> None:
+        """Stop them and lose them."""
+
+    def iommu_dirty_report(self, iova: int, length: int, page_size: int) -> Buffer:
+        """Return, and clear, the IOMMU's bits of a range."""
 
     def stop_copy_length(self) -> int:
         """Return how many bytes STOP_COPY would bring now."""

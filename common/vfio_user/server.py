@@ -329,6 +329,10 @@ class VfioUserServer:
                 return vfio.FEATURE_GET
             case codec.PRECOPY_INFO if device.extension.precopy_info:
                 return vfio.FEATURE_GET
+            case codec.IOMMU_DIRTY_START | codec.IOMMU_DIRTY_STOP if device.extension.iommu_dirty:
+                return vfio.FEATURE_SET
+            case codec.IOMMU_DIRTY_REPORT if device.extension.iommu_dirty:
+                return vfio.FEATURE_GET
         return 0
 
     def _feature_set(self, number: int, payload: memoryview) -> Buffer:
@@ -340,6 +344,11 @@ class VfioUserServer:
                 return LoggingStart(self._device.logging_start(start.page_size, start.ranges), start.ranges).pack()
             case DeviceFeature.DMA_LOGGING_STOP:
                 self._device.logging_stop()
+            case codec.IOMMU_DIRTY_START:
+                used = self._device.iommu_dirty_start(LoggingStart.unpack(payload).page_size)
+                return LoggingStart(used, ()).pack()
+            case codec.IOMMU_DIRTY_STOP:
+                self._device.iommu_dirty_stop()
         return payload
 
     def _feature_get(self, number: int, payload: memoryview, room: int) -> Buffer:
@@ -354,16 +363,18 @@ class VfioUserServer:
                 if self._device.get_state() not in PRECOPY_STATES:
                     raise OSError(errno.EINVAL, "the device is not in PRE_COPY")
                 return self._device.precopy_info().pack()
+            case codec.IOMMU_DIRTY_REPORT:
+                return self._report(LoggingReport.unpack(payload), room, self._device.iommu_dirty_report)
             case _:
-                return self._report(LoggingReport.unpack(payload), room)
+                return self._report(LoggingReport.unpack(payload), room, self._device.logging_report)
 
-    def _report(self, report: LoggingReport, room: int) -> Buffer:
+    def _report(self, report: LoggingReport, room: int, take: Callable[[int, int, int], Buffer]) -> Buffer:
         vfio.check_logging_report(report)
         size = vfio.bitmap_bytes(report.length, report.page_size)
         # Before the log is read, for reading clears it.
         if size > codec.MAX_BITMAP or room < LoggingReport.SIZE + size:
             raise OSError(errno.EINVAL, f"no room for a bitmap of {size} bytes")
-        return report.pack() + bytes(self._device.logging_report(report.iova, report.length, report.page_size))
+        return report.pack() + bytes(take(report.iova, report.length, report.page_size))
 
 
 def listen(path: Path) -> socket.socket:

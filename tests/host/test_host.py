@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import socket
 import threading
@@ -16,11 +15,11 @@ from switchover.v1 import host_pb2
 
 from common.host import daemon
 from common.host import host as host_module
-from common.host.host import Host, HostError, default_state_dir
+from common.host.host import COMMITTED, REVOKED, Host, HostError, default_state_dir
 from common.host.service import HostServicer
 from common.machine import record
 from common.machine.client import MachineClient
-from common.machine.config import MachineSpec, from_json
+from common.machine.config import MachineSpec, ViommuSpec
 from common.machine.record import Ownership, Record
 from common.rpc.errors import RefusalError
 
@@ -51,7 +50,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 @pytest.fixture
 def spec() -> MachineSpec:
-    return from_json(json.dumps({"name": "vm", "ram": 64 << 20}))
+    return MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
 
 
 @pytest.fixture
@@ -72,6 +71,7 @@ def nobody(_: Path) -> MachineClient:
     raise ConnectionRefusedError(111, "nobody listens")
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the second one is never a host
 def test_a_state_directory_has_one_daemon(tmp_path: Path) -> None:
     first = Host("source", tmp_path)
     with pytest.raises(HostError, match="is in use by another daemon"):
@@ -162,7 +162,7 @@ def test_a_machine_whose_owner_is_not_known_is_not_started(
 ) -> None:
     known(host, ownership)
     monkeypatch.setattr(MachineClient, "connect", nobody)
-    with pytest.raises(HostError, match=f"was {ownership} to or from b:1 when its process ended"):
+    with pytest.raises(HostError, match=f"was {ownership} when its process ended"):
         host.open_machine(spec if described else None)
     assert host.machine is None and machine.told == []
 
@@ -175,6 +175,21 @@ def test_a_machine_that_was_switched_off_is_started_if_described(
     assert host.open_machine(None) == "machine vm was switched off"
     assert host.machine is None
     assert host.open_machine(spec) == "machine vm started"
+
+
+def test_a_machine_whose_handover_is_not_decided_stands_still(host: Host, machine: FakeMachine) -> None:
+    known(host, Ownership.COMMITTING)
+    assert host.open_machine(None) == "machine vm found; whether it is at b:1 now is being asked"
+    assert machine.told == []
+
+
+@pytest.mark.parametrize("ownership", [Ownership.COMMITTED, Ownership.STARTING])
+def test_a_machine_that_was_committed_here_is_taken_over(
+    host: Host, machine: FakeMachine, ownership: Ownership
+) -> None:
+    known(host, ownership)
+    assert host.open_machine(None) == "machine vm found running"
+    assert machine.told == ["take_over", "record OWNER"] and host.decision("5e55") == COMMITTED
 
 
 def test_another_machine_is_not_taken_for_the_one_described(
@@ -193,10 +208,20 @@ def test_dropping_a_machine_leaves_nothing(host: Host) -> None:
     assert fake.told == ["shutdown"] and host.machine is None and not fake.directory.exists()
 
 
-def test_revoked_is_remembered(host: Host) -> None:
-    host.record_revoked("5e55")
-    host.record_revoked("5e55")
-    assert [path.name for path in (host.directory / "revoked").iterdir()] == ["5e55"]
+def test_decisions_are_remembered(host: Host) -> None:
+    assert host.decision("5e55") is None
+    host.decide("5e55", REVOKED)
+    host.decide("0c0", COMMITTED)
+    assert (host.decision("5e55"), host.decision("0c0"), host.decision("a")) == (REVOKED, COMMITTED, None)
+
+
+@pytest.mark.parametrize("ownership", Ownership)
+def test_what_the_record_says_of_a_session_that_came_here(host: Host, ownership: Ownership) -> None:
+    """COMMITTING and GONE are of a session that leaves."""
+    known(host, ownership)
+    arrived = ownership in (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER)
+    assert host.decision("5e55") == (COMMITTED if arrived else None)
+    assert host.decision("another") is None
 
 
 def test_the_servicer_tells_what_is_here(host: Host) -> None:

@@ -128,7 +128,7 @@ class Machine(_message.Message):
     uuid: _builtins.str
     """Its UUID."""
     state: _builtins.str
-    """"running", "paused", "incoming", "moved" or "failed"."""
+    """"running", "paused", "incoming", "handing over", "moved" or "failed"."""
     pid: _builtins.int
     """Process ID of the machine process."""
     ram_bytes: _builtins.int

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.machine import device as device_module
+from common.machine.config import DeviceSpec
+from common.machine.device import AttachedDevice, Pending
+from common.vfio.migration import DeviceState, MigrationFlags
+from common.vfio_user.client import VfioUserClient
+
+CONFIG = device_module.CONFIG_REGION
+ALL = int(MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY)
+
+
+class FakeClient:
+    """A device of two BARs, one of which cannot be read, three vectors and two doorbells."""
+
+    def __init__(self) -> None:
+        self.migration_flags = ALL
+        self.regions = [
+            SimpleNamespace(index=0, size=4096, flags=1),
+            SimpleNamespace(index=1, size=0, flags=1),
+            SimpleNamespace(index=2, size=(1 << 20) + 8, flags=3),
+            SimpleNamespace(index=4, size=64, flags=2),
+            SimpleNamespace(index=CONFIG, size=256, flags=3),
+        ]
+        self.irqs = [SimpleNamespace(index=0, count=1), SimpleNamespace(index=2, count=3)]
+        self.contents = {0: bytearray(b"z" * 4096), 2: bytearray(os.urandom((1 << 20) + 8)), CONFIG: bytearray(256)}
+        self.doorbells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+        self.extension: SimpleNamespace | None = None
+        self.dump = [b"abc", b"de"]
+        self.refused: set[DeviceState] = set()
+        self.states: list[DeviceState] = []
+        self.resets = 0
+        self.irq_fds: Sequence[int] = ()
+        self.closed = False
+
+    def get_region_io_fds(self, _: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(fd=fd) for fd in self.doorbells]
+
+    def set_irqs(self, index: int, flags: int, start: int, count: int, *, fds: Sequence[int]) -> None:
+        assert (index, flags, start, count) == (2, 0x24, 0, 3)  # MSI-X, eventfds, trigger
+        self.irq_fds = fds
+
+    def set_state(self, state: DeviceState) -> None:
+        self.states.append(state)
+        if state in self.refused:
+            raise OSError(errno.EIO, f"no {state.name}")
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def region_read(self, index: int, offset: int, size: int) -> bytes:
+        assert 0 < size <= 1 << 20
+        return bytes(self.contents[index][offset : offset + size])
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        self.contents[index][offset : offset + len(data)] = data
+
+    def mig_data_read(self, _: int) -> bytes:
+        return self.dump.pop(0) if self.dump else b""
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def client() -> FakeClient:
+    return FakeClient()
+
+
+def attach(client: FakeClient, migration: str = "auto") -> AttachedDevice:
+    return AttachedDevice(DeviceSpec("nic0", "nic", migration=migration), cast(VfioUserClient, client), None)
+
+
+@pytest.fixture
+def device(client: FakeClient) -> Iterator[AttachedDevice]:
+    made = attach(client)
+    yield made
+    made.close()
+    assert client.closed
+
+
+def test_what_is_there(device: AttachedDevice, client: FakeClient) -> None:
+    assert device.bar_sizes == {0: 4096, 2: (1 << 20) + 8, 4: 64}
+    assert list(client.irq_fds) == device.interrupts and len(device.interrupts) == 3
+    assert device.migration_flags == MigrationFlags(ALL)
+
+
+def test_a_device_that_was_told_not_to_does_not_migrate(client: FakeClient) -> None:
+    device = attach(client, migration="off")
+    assert device.migration_flags == 0
+    device.enter(DeviceState.STOP)  # it has no states
+    assert client.states == []
+    device.close()
+
+
+def test_changes_state_once(device: AttachedDevice, client: FakeClient) -> None:
+    device.enter(DeviceState.STOP)
+    device.enter(DeviceState.STOP)
+    assert client.states == [DeviceState.STOP] and device.state is DeviceState.STOP
+
+
+def test_a_refused_change_goes_to_where_it_can_recover(device: AttachedDevice, client: FakeClient) -> None:
+    client.refused = {DeviceState.STOP_COPY}
+    with pytest.raises(OSError, match="no STOP_COPY"):
+        device.enter(DeviceState.STOP_COPY, recover=DeviceState.STOP)
+    assert client.states == [DeviceState.STOP_COPY, DeviceState.STOP]
+    assert device.state is DeviceState.STOP and client.resets == 0
+
+
+@pytest.mark.parametrize("recover", [DeviceState.ERROR, DeviceState.STOP])
+def test_what_cannot_recover_is_reset(device: AttachedDevice, client: FakeClient, recover: DeviceState) -> None:
+    client.refused = {DeviceState.STOP_COPY, DeviceState.STOP}
+    with pytest.raises(OSError, match="no STOP_COPY"):  # the first error, not the second
+        device.enter(DeviceState.STOP_COPY, recover)
+    assert client.states == [DeviceState.STOP_COPY, DeviceState.STOP][: 1 + (recover is DeviceState.STOP)]
+    assert client.resets == 1 and device.state is DeviceState.RUNNING
+
+
+def chain(client: FakeClient, *capabilities: tuple[int, int, int]) -> None:
+    """Lay out (offset, id, next) capabilities."""
+    client.contents[CONFIG][0x34] = capabilities[0][0]
+    for offset, identity, following in capabilities:
+        client.contents[CONFIG][offset : offset + 2] = bytes([identity, following])
+
+
+def test_enabling_is_what_a_driver_does(device: AttachedDevice, client: FakeClient) -> None:
+    chain(client, (0x40, 0x01, 0x50), (0x50, 0x11, 0))
+    client.contents[CONFIG][0x52:0x54] = b"\x02\x00"
+    device.guest_enable()
+    config = client.contents[CONFIG]
+    assert config[0x04:0x06] == b"\x06\x00" and config[0x52:0x54] == b"\x02\x80"
+
+
+def test_a_chain_of_capabilities_that_loops_has_an_end(device: AttachedDevice, client: FakeClient) -> None:
+    chain(client, (0x40, 0x01, 0x50), (0x50, 0x05, 0x40))
+    device.guest_enable()
+    assert client.contents[CONFIG][0x04:0x06] == b"\x06\x00"
+
+
+def test_restores_what_software_may_write_and_nothing_else(device: AttachedDevice, client: FakeClient) -> None:
+    chain(client, (0x50, 0x11, 0))
+    saved = bytearray(range(256))
+    device.restore_config(bytes(saved))
+    config = client.contents[CONFIG]
+    changed = {offset for offset in range(256) if config[offset] == saved[offset] and offset}
+    assert changed == {4, 5, *range(0x10, 0x28), 0x52, 0x53}
+    assert device.config_space() == bytes(config)
+
+
+@given(st.sets(st.integers(0, 2)), st.sets(st.integers(0, 1)))
+def test_what_was_pending_is_taken_once_and_signalled_again(vectors: set[int], doorbells: set[int]) -> None:
+    client = FakeClient()
+    device = attach(client)
+    for vector in vectors:
+        os.eventfd_write(device.interrupts[vector], 3)
+    for doorbell in doorbells:
+        os.eventfd_write(client.doorbells[doorbell], 1)
+    pending = device.drain()
+    assert pending == Pending(tuple(sorted(vectors)), tuple(sorted(doorbells)))
+    assert device.drain() == Pending()
+    device.signal(pending)
+    assert device.drain() == pending
+    device.close()
+
+
+def test_a_digest_reads_all_that_can_be_read(device: AttachedDevice, client: FakeClient) -> None:
+    digest = device.digest()
+    assert digest.config == xxhash.xxh3_64_intdigest(bytes(client.contents[CONFIG]))
+    assert digest.bars == tuple(xxhash.xxh3_64_intdigest(bytes(client.contents[index])) for index in (0, 2))
+    assert digest.dump == 0 and digest.compared and client.states == []
+    client.contents[2][-1] ^= 1
+    assert device.digest().bars[1] != digest.bars[1]
+
+
+def test_a_digest_of_a_dump_leaves_the_device_in_stop(device: AttachedDevice, client: FakeClient) -> None:
+    client.extension = SimpleNamespace(comparable_dump=True)
+    device.enter(DeviceState.STOP)
+    assert device.digest().dump == xxhash.xxh3_64_intdigest(b"abcde")
+    assert client.states == [DeviceState.STOP, DeviceState.STOP_COPY, DeviceState.STOP]
+    assert device.state is DeviceState.STOP
