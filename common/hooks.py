@@ -1,8 +1,9 @@
-"""Points at which a test may hold a real process still.
+"""Points at which a test may hold a real process still, and guards that it may switch off.
 
 A race is shown by stopping a process exactly there, not by luck. With SWITCHOVER_HOOKS set to a directory,
 `reach(name)` waits as long as the file `name` stands in it, and says that it has arrived by creating `name.reached`.
-Without the variable it costs a comparison.
+What a guard is good for is shown by taking it away: `guarded(name)` is False while the file `name.off` stands there
+(tests/scenarios). Without the variable both cost a comparison.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["reach"]
+__all__ = ["guarded", "reach"]
 
 _DIRECTORY = Path(os.environ["SWITCHOVER_HOOKS"]) if "SWITCHOVER_HOOKS" in os.environ else None
+
+
+def guarded(name: str) -> bool:
+    """Return whether a guard is in place, as it always is unless a test has taken it away."""
+    return _DIRECTORY is None or not (_DIRECTORY / f"{name}.off").exists()
 
 
 def reach(name: str) -> None:

@@ -19,6 +19,7 @@ from switchover.v1 import migration_pb2
 __all__ = ["Event", "State", "after"]
 
 State = migration_pb2.SessionState
+UNKNOWN = migration_pb2.SESSION_STATE_UNSPECIFIED
 PREPARING = migration_pb2.SESSION_STATE_PREPARING
 READY = migration_pb2.SESSION_STATE_READY
 COMMITTED = migration_pb2.SESSION_STATE_COMMITTED

@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import grpc
@@ -36,7 +36,6 @@ from destination.verifier import Verifier, compare_device
 __all__ = ["Arrival"]
 
 IDLE_SECONDS = 30.0
-MAX_CONTAINERS = 64
 
 _log = structlog.get_logger()
 Kind = migration_pb2.DeviceStateKind
@@ -62,7 +61,11 @@ class Arrival:
         self._active_at = time.monotonic()
         self._verifier: Verifier | None = None
         self._machine: MachineClient | None = None
+        self._devices: dict[str, _Loading] = {}
+        self._device_digests: dict[str, Digest] = {}
+        self._reading: Future[None] | None = None
         self._paused = False
+        self.failure = ""
         self.guest_gap_us: int | None = None
 
     # setup
@@ -86,6 +89,11 @@ class Arrival:
             self._verifier = Verifier(self._ram, self._applier, early=self._verify == Verify.VERIFY_MODE_DEFERRED)
         machine.enter_resuming()
         self._devices = {device.name: _Loading(device.has_precopy) for device in machine.devices()}
+        with self._decision:
+            if self.state != handover.PREPARING:
+                # It was revoked while it was built, when there was nothing to take down yet.
+                self._take_down()
+            self._expect(handover.PREPARING)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return migration_pb2.PrepareResponse(
             protocol_version=request.protocol_version,
@@ -256,7 +264,13 @@ class Arrival:
             self._record(Ownership.STARTING)
             self.state = handover.after(self.state, Event.START)
             began = time.monotonic()
-            self._machine.take_over()
+            try:
+                self._machine.take_over()
+            except (ClosedError, RequestError) as error:
+                # It is ours, and it does not run: the source keeps its copy, and an operator decides.
+                self.failure = str(error)
+                self._host.end_migration()
+                raise RefusalError(grpc.StatusCode.ABORTED, "NOT_STARTED", str(error)) from error
             start_us = int((time.monotonic() - began) * 1e6)
             self.state = handover.after(self.state, Event.STARTED)
         self._pool.submit(self._settle_in)
@@ -292,11 +306,14 @@ class Arrival:
             self.state = handover.after(self.state, Event.REVOKE)
             self._host.decide(self.session_id, REVOKED)
         _log.info("arrival revoked", session=self.session_id, reason=reason)
+        self._take_down()
+        self._host.end_migration()
+
+    def _take_down(self) -> None:
         self.close()
         if self._machine is not None:
             self._machine.shutdown()
             self._host.remove_run_directory(self.session_id)
-        self._host.end_migration()
 
     def close(self) -> None:
         """Let go of what verification needed."""

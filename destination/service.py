@@ -20,7 +20,12 @@ from destination.migration import Arrival
 __all__ = ["PROTOCOL_VERSIONS", "MigrationServicer", "register"]
 
 PROTOCOL_VERSIONS = (1,)
+MAX_LANES = 16
 SERVICE = "switchover.v1.MigrationService"
+
+
+# What a session is of which only the decision is known: a daemon that starts again starts what was committed to it.
+_DECIDED = {COMMITTED: handover.RUNNING, REVOKED: handover.REVOKED, None: handover.UNKNOWN}
 
 
 class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
@@ -43,6 +48,8 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
                 f"the source speaks protocol {request.protocol_version}, this destination {known}",
             )
         _check_session_id(request.session_id)
+        if request.lanes > MAX_LANES:
+            raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"at most {MAX_LANES} lanes")
         if self._host.decision(request.session_id) is not None:
             raise RefusalError(
                 grpc.StatusCode.FAILED_PRECONDITION, "SESSION_ENDED", "this session has ended here; begin a new one"
@@ -128,9 +135,13 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Look."""
         arrival = self._arrival
         if arrival is None or arrival.session_id != request.session_id:
-            return migration_pb2.GetSessionResponse()
+            _check_session_id(request.session_id)
+            return migration_pb2.GetSessionResponse(state=_DECIDED[self._host.decision(request.session_id)])
         return migration_pb2.GetSessionResponse(
-            state=arrival.state, machine_uuid=arrival.machine_uuid, guest_gap_us=arrival.guest_gap_us
+            state=arrival.state,
+            machine_uuid=arrival.machine_uuid,
+            guest_gap_us=arrival.guest_gap_us,
+            failure=arrival.failure,
         )
 
     def Resolve(
@@ -145,10 +156,10 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
                 return migration_pb2.ResolveResponse(state=arrival.state)
             return migration_pb2.ResolveResponse(state=handover.REVOKED)
         _check_session_id(request.session_id)
-        if self._host.decision(request.session_id) == COMMITTED:
-            return migration_pb2.ResolveResponse(state=handover.COMMITTED)
-        self._host.decide(request.session_id, REVOKED)
-        return migration_pb2.ResolveResponse(state=handover.REVOKED)
+        decision = self._host.decision(request.session_id)
+        if decision is None:
+            self._host.decide(request.session_id, decision := REVOKED)
+        return migration_pb2.ResolveResponse(state=_DECIDED[decision])
 
     def Abort(self, request: migration_pb2.AbortRequest, context: grpc.ServicerContext) -> migration_pb2.AbortResponse:
         """End the session."""

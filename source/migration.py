@@ -36,7 +36,7 @@ from common.vfio.migration import MigrationFlags
 from source import handover, verdict
 from source.account import Account
 from source.clock import measure
-from source.commit import RevokedError, commit
+from source.commit import NotStartedError, RevokedError, UndecidedError, commit, wait_until_started
 from source.history import History
 from source.lanes import LaneStats, PageLanes
 from source.limiter import Limiter
@@ -84,6 +84,7 @@ class Migration:
         self._limiter = Limiter(request.bandwidth_limit or None)
         self._history = History()
         self._cancelled = threading.Event()
+        self._ended = threading.Event()
         self._ownership = Ownership.OWNER
         self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="migration")
         self._streams: list[DeviceStream] = []
@@ -103,6 +104,11 @@ class Migration:
         self._cancelled.set()
         if self._ownership is Ownership.OWNER and self._lanes is not None:
             self._lanes.interrupt(CancelledError("cancelled by the operator"))
+
+    def abandon(self) -> None:
+        """Do not wait any longer for a destination that does not answer: this daemon ends."""
+        self.cancel()
+        self._ended.set()
 
     def run(self) -> None:
         """Move the machine. Whatever fails, somebody owns it at the end, and the result says what happened."""
@@ -348,13 +354,12 @@ class Migration:
         self._decide(handover.Event.BEGIN)
         hooks.reach("source.committing")
         try:
-            start_ms = commit(
-                self._stub, self.session_id, self._account.result.machine_uuid, self._incarnation, self._account.say
-            )
+            start_ms = commit(self._stub, self.session_id, self._incarnation, self._account.say, self._ended)
         except RevokedError:
             self._decide(handover.Event.REVOKED)
             raise
         self._decide(handover.Event.COMMITTED)
+        wait_until_started(self._stub, self.session_id, self._account.say, self._ended)
         now = time.monotonic()
         result = self._account.result
         result.downtime.start = start_ms
@@ -401,6 +406,7 @@ class Migration:
 
     def _fail(self, error: Exception) -> None:
         result = self._account.result
+        # After REVOKED this host is the owner again.
         before_commit = self._ownership is Ownership.OWNER
         if before_commit and self._cancelled.is_set():
             error = CancelledError("cancelled by the operator")
@@ -483,6 +489,10 @@ def _explain(error: Exception, destination: str) -> tuple[str, str]:
             return "DATA_LOSS", str(error)
         case RevokedError():
             return "REVOKED", str(error)
+        case NotStartedError():
+            return "NOT_STARTED", str(error)
+        case UndecidedError():
+            return "UNDECIDED", str(error)
         case PeerError():
             return error.reason, f"{destination}: {error}"
         case RequestError():

@@ -19,7 +19,7 @@ from source.migration import Migration
 __all__ = ["SourceServicer"]
 
 DEFAULT_DOWNTIME_MS = 300.0
-MAX_LANES = 64
+MAX_LANES = 16
 
 
 class SourceServicer(HostServicer):
@@ -29,13 +29,14 @@ class SourceServicer(HostServicer):
         super().__init__(host)
         self._migration: Migration | None = None
         self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
 
     def open_machine(self, spec: MachineSpec | None) -> str:
         """Find or start the host's machine, and finish a handover that an earlier daemon has left undecided."""
         said = self.host.open_machine(spec)
         record = self.host.record()
         if record is not None and record.ownership is Ownership.COMMITTING:
-            settle(self.host, record)
+            settle(self.host, record, self._ended)
         return said
 
     def Migrate(self, request: host_pb2.MigrateRequest, context: grpc.ServicerContext) -> host_pb2.MigrateResponse:
@@ -50,7 +51,11 @@ class SourceServicer(HostServicer):
         request.lanes = request.lanes or 1
         session_id = uuid4().hex
         self.host.begin_migration(session_id)
-        self._migration = Migration(self.host, request, session_id)
+        try:
+            self._migration = Migration(self.host, request, session_id)
+        except BaseException:
+            self.host.end_migration()
+            raise
         self._thread = threading.Thread(target=self._run, args=(self._migration,), name="migration")
         self._thread.start()
         return host_pb2.MigrateResponse(session_id=session_id)
@@ -70,9 +75,10 @@ class SourceServicer(HostServicer):
         return host_pb2.CancelResponse()
 
     def close(self) -> None:
-        """End a migration that runs, in good order: the machine goes on here, or is the destination's."""
+        """End a migration that runs, in good order: the machine goes on here, is the destination's, or is asked for."""
+        self._ended.set()
         if self._migration is not None:
-            self._migration.cancel()
+            self._migration.abandon()
         if self._thread is not None:
             self._thread.join()
 

@@ -23,8 +23,8 @@ from common.datasheets import pci
 from common.devices.dma import DmaFault, DmaPort, DmaStalled
 from common.devices.engine import Engine
 from common.devices.interrupts import MSIX_INDEX, Msix
-from common.devices.knobs import Knobs
-from common.devices.mappings import Mappings
+from common.devices.knobs import Knobs, OneTimeFaults
+from common.devices.mappings import PAGE_SIZE, Mappings
 from common.devices.migration import P2P_STATES, Migration
 from common.devices.pci import CONFIG_SIZE, Bar, ConfigSpace
 from common.devices.registers import RegisterBlock
@@ -52,6 +52,7 @@ _IDENTITY = struct.Struct("<IIQ")  # the device's magic, version of its state's 
 _BATCH = 64  # entries that are fetched in one step
 _STEP_SECONDS = 0.001
 _MASK_ALL = (1 << 64) - 1
+_ALL_IOVAS = Range(0, (1 << 64) - PAGE_SIZE)  # the last page would not fit into 64 bits
 
 
 class EmulatedDevice(ABC):
@@ -94,7 +95,8 @@ class EmulatedDevice(ABC):
         self._msix = Msix(_VECTORS)
         self._mappings = Mappings()
         self._log = DirtyLog(knobs.log_limits)
-        self.dma = DmaPort(self._mappings, self._log, f"{name}-dma-written")
+        self._iommu = DirtyLog()
+        self.dma = DmaPort(self._mappings, self._log, self._iommu, f"{name}-dma-written")
         self.dma.logging = "unlogged" not in knobs.faults
         self._ring = Ring(self.registers, self.dma, self.ENTRY, self.COMPLETION)
         self._engine = Engine(name, self._step)
@@ -102,7 +104,8 @@ class EmulatedDevice(ABC):
         self._migration = Migration(self, _IDENTITY.pack(magic, self.STATE_VERSION, geometry), self.memory, knobs)
         self.migration_flags: MigrationFlags = knobs.flags
         self.dma_logging: bool = knobs.dma_logging
-        self.extension = Extension(p2p=bool(knobs.flags & MigrationFlags.P2P))
+        self.extension = Extension(p2p=bool(knobs.flags & MigrationFlags.P2P), iommu_dirty=True)
+        self._faults = OneTimeFaults(knobs.faults)
 
     # What a kind adds.
 
@@ -156,7 +159,7 @@ class EmulatedDevice(ABC):
     def reset(self) -> None:
         """Reset the device (kernel: VFIO_DEVICE_RESET): it is in RUNNING, from wherever it was, and its log is lost.
 
-        Mappings, eventfds and configuration stay, which are the VMM's.
+        Mappings, eventfds and configuration stay, which are the VMM's, and the dirty bits of the IOMMU.
         """
         with self._engine.lock:
             self._log.stop()
@@ -226,22 +229,29 @@ class EmulatedDevice(ABC):
     def dma_unmap(self, iova: int, size: int, page_size: int | None) -> bytes | None:
         """Unmap memory; DMA to it has ended when this returns.
 
-        With `page_size` return what the log has of the range, and clear it; OSError as `Mappings.remove` and
-        `DirtyLog.report`, with nothing unmapped.
+        With `page_size` return what the logs that run have of the range, and clear it; OSError as `Mappings.remove` and
+        `DirtyLog.report`, with nothing unmapped. An IOMMU keeps its bits in the page table: they go with the mapping.
         """
         with self._engine.lock:
             self._mappings.check(iova, size)
-            bitmap = None if page_size is None else self._log.report(iova, size, page_size)
+            bitmap = None
+            if page_size is not None:
+                running = [log for log in (self._log, self._iommu) if log.active] or [self._log]
+                found = [np.frombuffer(log.report(iova, size, page_size), np.uint8) for log in running]
+                bitmap = np.bitwise_or.reduce(found).tobytes()
+            self._iommu.discard(iova, size)
             self._mappings.remove(iova, size)
         return bitmap
 
     def dma_unmap_all(self) -> None:
         """Unmap everything."""
         with self._engine.lock:
+            self._iommu.discard(_ALL_IOVAS.iova, _ALL_IOVAS.length)
             self._mappings.clear()
 
     def logging_start(self, page_size: int, ranges: Sequence[Range]) -> int:
         """Start the log of DMA writes; return the page size in bytes (see `DirtyLog.start`)."""
+        self._faults.reach("fail_logging_start")
         with self._engine.lock:
             return self._log.start(page_size, ranges)
 
@@ -252,8 +262,24 @@ class EmulatedDevice(ABC):
 
     def logging_report(self, iova: int, length: int, page_size: int) -> bytes:
         """Return and clear what the log has of a range (see `DirtyLog.report`)."""
+        self._faults.reach("fail_logging_report")
         with self._engine.lock:
             return self._log.report(iova, length, page_size)
+
+    def iommu_dirty_start(self, page_size: int) -> int:
+        """Start the dirty bits of the IOMMU, for all that is mapped; return their page size in bytes."""
+        with self._engine.lock:
+            return self._iommu.start(page_size, (_ALL_IOVAS,))
+
+    def iommu_dirty_stop(self) -> None:
+        """Stop them and lose what they have."""
+        with self._engine.lock:
+            self._iommu.stop()
+
+    def iommu_dirty_report(self, iova: int, length: int, page_size: int) -> bytes:
+        """Return and clear the bits of a range (see `DirtyLog.report`)."""
+        with self._engine.lock:
+            return self._iommu.report(iova, length, page_size)
 
     # Migration.
 

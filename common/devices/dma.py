@@ -27,16 +27,18 @@ class DmaPort:
     """Reads and writes by IOVA. Used under the lock that guards `mappings` and `log`.
 
     `bus_master`: whether the device may do DMA at all. `peers`: whether messages may be sent (not in the P2P states).
-    `logging`: False makes the port forget its writes, which is a fault that a test injects.
+    `logging`: False makes the device's own log forget its writes, which is a fault that a test injects. `iommu` holds
+    the dirty bits of the IOMMU that the port plays: it sees every write that goes through it, whatever the device does.
     """
 
-    def __init__(self, mappings: Mappings, log: DirtyLog, hook: str) -> None:
+    def __init__(self, mappings: Mappings, log: DirtyLog, iommu: DirtyLog, hook: str) -> None:
         self.bus_master = False
         self.peers = True
         self.logging = True
         self.messages: MessageDma | None = None
         self._mappings = mappings
         self._log = log
+        self._iommu = iommu
         self._hook = hook
 
     def read(self, iova: int, count: int) -> bytes:
@@ -90,6 +92,7 @@ class DmaPort:
         hooks.reach(self._hook)
         if self.logging:
             self._log.mark(iova, count)
+        self._iommu.mark(iova, count)
 
     def _by_message(self) -> MessageDma:
         if self.messages is None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import errno
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from common.vfio.dirty_log import LogLimits
 from common.vfio.migration import DeviceState, MigrationFlags
 
-__all__ = ["Knobs", "parse"]
+__all__ = ["Knobs", "OneTimeFaults", "parse"]
 
 _LEGAL_FLAGS = (0, 1, 3, 5, 7)
 _FAIL = "fail:"
+_FAULTS = {"unlogged", "fail_load", "fail_logging_start", "fail_logging_report"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,8 @@ class Knobs:
     `migration_flags`: MigrationFlags as a number instead of the kind's own, 0 for a device that cannot be migrated.
     `log_max_bits`, `log_max_ranges`, `log_page_sizes` (bytes): limits of the DMA log. `load_delay_ms`: what leaving
     RESUMING takes longer than it must. `faults`: "unlogged" (the device forgets to log its DMA), "fail_load" (refuses
-    whatever it is given to load), "fail:STATE" (fails once, with EIO, to enter that state).
+    whatever it is given to load), "fail:STATE" (fails once, with EIO, to enter that state), "fail_logging_start" and
+    "fail_logging_report" (fails once, with EIO, to start or report its log).
     """
 
     KIND_FLAGS: ClassVar[MigrationFlags] = MigrationFlags(0)
@@ -43,9 +46,7 @@ class Knobs:
             raise ValueError(f"load_delay_ms {self.load_delay_ms} is not within 0 and 600000")
         states = {state.name for state in DeviceState if state is not DeviceState.ERROR}
         for fault in self.faults:
-            if fault not in {"unlogged", "fail_load"} and not (
-                fault.startswith(_FAIL) and fault.removeprefix(_FAIL) in states
-            ):
+            if fault not in _FAULTS and not (fault.startswith(_FAIL) and fault.removeprefix(_FAIL) in states):
                 raise ValueError(f'no such fault: "{fault}"')
         try:
             _ = self.log_limits
@@ -66,6 +67,19 @@ class Knobs:
     def failing_states(self) -> set[DeviceState]:
         """States that the device fails to enter, once each."""
         return {DeviceState[fault.removeprefix(_FAIL)] for fault in self.faults if fault.startswith(_FAIL)}
+
+
+class OneTimeFaults:
+    """Requests that fail once."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self._waiting = set(faults)
+
+    def reach(self, fault: str) -> None:
+        """Raise OSError (EIO) if this fault was asked for and has not happened yet."""
+        if fault in self._waiting:
+            self._waiting.discard(fault)
+            raise OSError(errno.EIO, f"{fault}: as told")
 
 
 K = TypeVar("K", bound=Knobs)

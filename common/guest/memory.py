@@ -15,6 +15,7 @@ import numpy.typing as npt
 from common.memory import bitmap
 from common.memory.layout import PAGE_SIZE
 from common.memory.ram import GuestRam
+from common.memory.write_journal import WriteJournal
 
 __all__ = ["Bytes", "GuestMemory"]
 
@@ -24,11 +25,12 @@ Bytes = npt.NDArray[np.uint8]
 class GuestMemory:
     """Reads, writes, and the dirty log, which is off at first. Addresses outside RAM raise `ValueError`."""
 
-    __slots__ = ("_log", "_ram")
+    __slots__ = ("_log", "_ram", "journal")
 
     def __init__(self, ram: GuestRam) -> None:
         self._ram = ram
         self._log: bitmap.Words | None = None
+        self.journal: WriteJournal | None = None  # of all that is marked, logged or not
 
     def view(self, gpa: int, size: int) -> Bytes:
         """Return [gpa, gpa + size) as a writable array of bytes; who writes to it calls `mark` afterwards."""
@@ -50,16 +52,22 @@ class GuestMemory:
 
     def mark(self, gpa: int, size: int) -> None:
         """Log every page that [gpa, gpa + size) touches."""
-        if self._log is None:
+        if self._log is None and self.journal is None:
             return
         offset = self._ram.layout.offset_of(gpa, size)
         first = offset // PAGE_SIZE
-        bitmap.set_range(self._log, first, (offset + size - 1) // PAGE_SIZE - first + 1)
+        pages = (offset + size - 1) // PAGE_SIZE - first + 1
+        if self._log is not None:
+            bitmap.set_range(self._log, first, pages)
+        if self.journal is not None:
+            self.journal.note(first, pages)
 
     def mark_pages(self, pages: npt.NDArray[np.int64]) -> None:
         """Log RAM page numbers."""
         if self._log is not None:
             bitmap.set_pages(self._log, pages)
+        if self.journal is not None:
+            self.journal.note_pages(pages)
 
     def start_log(self) -> None:
         """Start with an empty log; EINVAL if there is one already, for its bits would be lost."""

@@ -15,8 +15,11 @@ from typing import Any
 from common.guest.boot import parse
 from common.guest.vcpu import Vcpu
 from common.ipc.channel import ClosedError, Handler, Message, RequestError, answer_one, receive
+from common.memory.write_journal import WriteJournal
 
 __all__ = ["serve_vcpu"]
+
+JOURNAL_LIMIT = 1 << 16
 
 
 def serve_vcpu(vcpu: Vcpu, control: socket.socket) -> None:
@@ -76,6 +79,14 @@ def _handlers(vcpu: Vcpu) -> dict[str, Handler]:
     def dirty_log(_: Message) -> Message:
         return Message(payload=vcpu.memory.take_log().tobytes())
 
+    def journal_start(_: Message) -> None:
+        vcpu.memory.journal = WriteJournal()
+
+    def journal(request: Message) -> Message:
+        kept = vcpu.memory.journal
+        rows = kept.of(request["first"], request["pages"], JOURNAL_LIMIT).tobytes() if kept is not None else b""
+        return Message(payload=rows)
+
     def throttle(request: Message) -> None:
         vcpu.throttle(request["percent"])
 
@@ -84,7 +95,7 @@ def _handlers(vcpu: Vcpu) -> dict[str, Handler]:
 
     handlers: tuple[Handler, ...] = (
         *(attach, run, pause, state_out, state_in),
-        *(dirty_log_start, dirty_log_stop, dirty_log, throttle, report),
+        *(dirty_log_start, dirty_log_stop, dirty_log, journal_start, journal, throttle, report),
     )
     return {handler.__name__: _refusing(handler) for handler in handlers}
 

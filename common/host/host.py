@@ -75,10 +75,6 @@ class Host:
         path.mkdir(parents=True, mode=0o700)
         return path
 
-    def say(self, session_id: str, message: str) -> None:
-        """Publish a line that belongs to a session."""
-        self.events.publish(session_id, message=message)
-
     def remove_run_directory(self, session_id: str) -> None:
         """Remove what a machine process left."""
         shutil.rmtree(self.directory / "run" / session_id, ignore_errors=True)
@@ -110,16 +106,16 @@ class Host:
         """
         known = self.record()
         if known is None:
-            return self._boot(spec) if spec is not None else "no machine"
+            return self._boot(spec, 1) if spec is not None else "no machine"
+        machine = self._find(known)
         if known.ownership is Ownership.GONE:
-            return f"machine {known.name} is not started: it has moved to {known.peer}"
-        try:
-            machine = MachineClient.connect(Path(known.directory))
-        except OSError:
+            return self._without_machine(known, machine, spec)
+        if machine is None:
             return self._without_process(known, spec)
         if spec is not None and spec.name != known.name:
             machine.close()
-            raise HostError(f"{self.directory} holds machine {known.name}, not {spec.name}; choose another --state-dir")
+            name = known.name
+            raise HostError(f"{self.directory} holds machine {name}, not {spec.name}; choose another --state-dir")
         self.machine = machine
         if known.ownership is Ownership.COMMITTING:
             return f"machine {known.name} found; whether it is at {known.peer} now is being asked"
@@ -130,6 +126,20 @@ class Host:
             self.decide(known.session_id, COMMITTED)
         return f"machine {known.name} found {machine.describe().state}"
 
+    def _find(self, known: Record) -> MachineClient | None:
+        try:
+            return MachineClient.connect(Path(known.directory))
+        except OSError:
+            return None
+
+    def _without_machine(self, known: Record, left: MachineClient | None, spec: MachineSpec | None) -> str:
+        if left is not None:
+            # The daemon ended between the handover and letting go of its copy.
+            left.shutdown()
+        if spec is not None and spec.name != known.name:
+            return self._boot(spec, 1)
+        return f"machine {known.name} is not started: it has moved to {known.peer}"
+
     def _without_process(self, known: Record, spec: MachineSpec | None) -> str:
         if known.ownership is not Ownership.OWNER:
             raise HostError(
@@ -138,12 +148,12 @@ class Host:
             )
         if spec is None:
             return f"machine {known.name} was switched off"
-        return self._boot(spec)
+        return self._boot(spec, known.incarnation + 1)
 
-    def _boot(self, spec: MachineSpec) -> str:
+    def _boot(self, spec: MachineSpec, incarnation: int) -> str:
         uuid = spec.uuid or str(uuid4())
         directory = self.run_directory("boot")
-        self.machine = launch(replace(spec, uuid=uuid), directory, self.record_path, incarnation=1)
+        self.machine = launch(replace(spec, uuid=uuid), directory, self.record_path, incarnation=incarnation)
         self.machine.record(Ownership.OWNER)
         self.machine.resume()
         return f"machine {spec.name} started"

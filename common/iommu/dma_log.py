@@ -37,6 +37,7 @@ def device_error(error: OSError, text: str) -> OSError:
 @dataclass(frozen=True, slots=True, eq=False)
 class _DeviceLog:
     device: DmaDevice
+    requests: str  # what the names of its requests begin with
     outlives_mapping: bool
     start: Callable[[Sequence[Range]], int]
     stop: Callable[[], None]
@@ -77,7 +78,10 @@ class DmaLog:
                     used = log.start(ranges)
             except OSError as error:
                 self.stop()
-                text = f"{self._container}: {log.device.name}: cannot start DMA logging of {len(ranges)} ranges"
+                text = (
+                    f"{self._container}: {log.device.name}: cannot start DMA logging of {len(ranges)} ranges "
+                    f"({log.requests}_START)"
+                )
                 raise device_error(error, text) from error
             if log not in self._running:
                 self._running.append(log)
@@ -111,7 +115,7 @@ class DmaLog:
         for log in self._logs:
             text = (
                 f"{self._container}: {log.device.name}: cannot get the DMA log of IOVA {window.iova:#x} "
-                f"size {window.length:#x}"
+                f"size {window.length:#x} ({log.requests}_REPORT)"
             )
             try:
                 words = log.report(window.iova, window.length, PAGE_SIZE)
@@ -141,6 +145,7 @@ class DmaLog:
 def _own_log(device: DmaDevice, traits: DeviceTraits) -> _DeviceLog:
     return _DeviceLog(
         device,
+        "DMA_LOGGING",
         traits.log_outlives_mapping,
         lambda ranges: device.logging_start(PAGE_SIZE, ranges),
         device.logging_stop,
@@ -154,6 +159,7 @@ def _iommu_log(device: DmaDevice, _traits: DeviceTraits) -> _DeviceLog:
     # An IOMMU keeps its bits in the page table: they go with the mapping.
     return _DeviceLog(
         device,
+        "IOMMU_DIRTY",
         outlives_mapping=False,
         start=lambda _ranges: device.iommu_dirty_start(PAGE_SIZE),
         stop=device.iommu_dirty_stop,

@@ -7,6 +7,7 @@ the migration by itself and runs on. Bulk reads and writes of device data use co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from google.protobuf import json_format
 from switchover.v1 import host_pb2
 
-from common.ipc.channel import Buffer, Client
+from common.ipc.channel import Buffer, Client, ClosedError
 from common.machine.config import MachineSpec, from_json
 from common.machine.device import Digest, Pending
 from common.machine.record import Ownership
@@ -190,8 +191,9 @@ class MachineClient:
         return gap
 
     def shutdown(self) -> None:
-        """End the machine process and all that belongs to it."""
-        self._client.call("shutdown")
+        """End the machine process and all that belongs to it; nothing happens if it has ended already."""
+        with suppress(ClosedError):
+            self._client.call("shutdown")
         self.close()
 
     # Leaving: in the order in which a migration calls them.

@@ -30,11 +30,12 @@ from common.machine.fields import (
     on_off,
     rate,
     size,
+    sizes,
     strings,
     text,
 )
 from common.machine.toml_lines import Path, key_lines, line_of
-from common.memory.layout import LOW_END
+from common.memory.layout import LOW_END, PAGE_SIZE
 
 __all__ = [
     "ConfigError",
@@ -51,19 +52,22 @@ MIB = 1 << 20
 GIB = 1 << 30
 RAM_STEP = 2 * MIB
 MIN_RAM = 64 * MIB
-MAX_RAM = 252 * GIB  # guest RAM ends below 256 GiB, where 64-bit BARs begin
+MAX_RAM = 4096 * GIB  # its dirty bitmaps have 128 MiB, half of what a message to a machine process may carry
 MAX_ITEMS = 64  # devices, programs
 MAX_IMAGES = 1024
 MAX_JSON = 1 * MIB
 DEFAULT_REGION = 256 * MIB
 
-_FAULT = re.compile(r"unlogged|fail_load|fail:[A-Z0-9_]{1,32}", re.ASCII)
+_FAULT = re.compile(r"unlogged|fail_load|fail_logging_start|fail_logging_report|fail:[A-Z0-9_]{1,32}", re.ASCII)
 
 # Knobs by kind and by program: how a value is checked, and its default (None: left out, the device or program decides).
 _COMMON_KNOBS: dict[str, tuple[Check, Any]] = {
+    # Sums of 1 (STOP_COPY), 2 (P2P) and 4 (PRE_COPY) that a device may have.
+    "migration_flags": (choice(0, 1, 3, 5, 7), None),
     "load_delay_ms": (integer(0, 600_000), None),
     "log_max_bits": (integer(12, 64), None),
     "log_max_ranges": (integer(1, 65_536), None),
+    "log_page_sizes": (sizes(PAGE_SIZE, GIB, limit=16), None),
     "faults": (strings(_FAULT, "a fault", 16), None),
 }
 _DEVICE_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
@@ -116,13 +120,17 @@ class ViommuSpec:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """A device: `container` is its address space; `knobs` go to the device as they are (bytes, bytes per second)."""
+    """A device: `container` is its address space; `knobs` go to the device as they are (bytes, bytes per second).
+
+    `iommu_dirty_tracking` False: the dirty bits of the IOMMU in front of it are not used.
+    """
 
     name: str
     kind: str
     container: str = "default"
     migration: str = "auto"  # "auto", "on" or "off"
     device_dirty_tracking: bool = True
+    iommu_dirty_tracking: bool = True
     pre_copy_dirty_tracking: bool = True
     knobs: dict[str, Any] = field(default_factory=dict)
 
@@ -210,6 +218,7 @@ def to_json(spec: MachineSpec) -> str:
                 "container": device.container,
                 "migration": device.migration,
                 "device_dirty_tracking": "on" if device.device_dirty_tracking else "off",
+                "iommu_dirty_tracking": "on" if device.iommu_dirty_tracking else "off",
                 "pre_copy_dirty_tracking": "on" if device.pre_copy_dirty_tracking else "off",
                 **device.knobs,
             }
@@ -277,6 +286,7 @@ def _devices(tables: Sequence[Table]) -> tuple[DeviceSpec, ...]:
             table.take("container", name, "default"),
             table.take("migration", choice("auto", "on", "off"), "auto"),
             table.take("device_dirty_tracking", on_off, default=True),
+            table.take("iommu_dirty_tracking", on_off, default=True),
             table.take("pre_copy_dirty_tracking", on_off, default=True),
             _knobs(table, _DEVICE_KNOBS[kind]),
         )

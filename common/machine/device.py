@@ -76,6 +76,11 @@ class AttachedDevice:
         """What the device can do; no flag at all if it cannot migrate or was told not to."""
         return MigrationFlags(0) if self.spec.migration == "off" else MigrationFlags(self.client.migration_flags)
 
+    @property
+    def has_iommu_dirty(self) -> bool:
+        """Whether there is an IOMMU in front of it whose dirty bits can be asked for."""
+        return self.client.extension is not None and self.client.extension.iommu_dirty
+
     def enter(self, target: DeviceState, recover: DeviceState = DeviceState.ERROR) -> None:
         """Change the migration state, step by step as the device decides; do nothing if it is there already.
 

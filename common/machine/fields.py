@@ -25,6 +25,7 @@ __all__ = [
     "on_off",
     "rate",
     "size",
+    "sizes",
     "strings",
     "text",
 ]
@@ -184,6 +185,24 @@ def size(low: int, high: int, *, multiple: int = 1, power_of_two: bool = False) 
         if power_of_two and result & (result - 1):
             raise ValueError(f"must be a power of two, not {_quoted(value)}")
         return result
+
+    return check
+
+
+def sizes(low: int, high: int, *, limit: int) -> Check:
+    """Make a check for an array of 1 to `limit` sizes, each a power of two from `low` to `high` bytes."""
+    element = size(low, high, power_of_two=True)
+
+    def check(value: object) -> list[int]:
+        if not isinstance(value, list) or not 0 < len(value) <= limit:
+            raise ValueError(f'must be an array of 1 to {limit} sizes: ["64KiB"], not {_quoted(value)}')
+        found = []
+        for entry in value:
+            try:
+                found.append(element(entry))
+            except ValueError as error:
+                raise ValueError(f"has an element that {error}") from error
+        return found
 
     return check
 

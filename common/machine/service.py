@@ -101,7 +101,10 @@ class MachineService:
                 self.ended.set()
             elif self.leaving is not None:
                 leaving, self.leaving = self.leaving, None
-                leaving.end()
+                try:
+                    leaving.end()
+                except OSError as error:
+                    self.machine.fail(f"it could not go on after a migration that has ended: {error}")
 
     def record(self, ownership: Ownership, session_id: str, peer: str, incarnation: int) -> None:
         """Write a decision down, and act on it: a machine that is gone is not started again."""

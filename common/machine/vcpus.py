@@ -16,6 +16,7 @@ import numpy.typing as npt
 from common.ipc.channel import Client, Handler, serve
 from common.memory.bitmap import from_bytes
 from common.memory.ram import GuestRam
+from common.memory.write_journal import JOURNAL_ROW, Rows
 
 __all__ = ["Vcpus"]
 
@@ -78,6 +79,14 @@ class Vcpus:
     def dirty_log(self) -> npt.NDArray[np.uint64]:
         """Take the log: read and clear, answered by the loop that marks (as KVM_GET_DIRTY_LOG)."""
         return from_bytes(self._control.call("dirty_log").payload, self._pages)
+
+    def start_journal(self) -> None:
+        """Keep a journal of what it writes, from now on."""
+        self._control.call("journal_start")
+
+    def journal(self, first: int, pages: int) -> Rows:
+        """Return its newest writes to RAM pages, oldest first; none if it keeps no journal."""
+        return np.frombuffer(self._control.call("journal", first=first, pages=pages).payload, JOURNAL_ROW)
 
     def throttle(self, percent: int) -> None:
         """Let it run only (100 - percent) % of the time."""

@@ -12,10 +12,14 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from common.ipc.channel import ClosedError, RequestError
 from common.rpc.channel import BULK_OPTIONS
 from common.rpc.errors import RefusalError, status_of
 
 __all__ = ["Server", "tune_allocator"]
+
+# A stream keeps its thread: 16 lanes, 64 devices, mappings, and then there is still room for calls and watchers.
+THREADS = 128
 
 _log = structlog.get_logger()
 
@@ -74,6 +78,10 @@ def _guard_stream(behaviour: Callable[..., Any] | None, method: str) -> Callable
 def _abort(context: grpc.ServicerContext, error: Exception, method: str) -> None:
     if not context.is_active():
         return
+    if isinstance(error, RequestError):
+        error = RefusalError(grpc.StatusCode.FAILED_PRECONDITION, error.reason, str(error))
+    elif isinstance(error, ClosedError):
+        error = RefusalError(grpc.StatusCode.ABORTED, "MACHINE_GONE", "the machine process has ended")
     if not isinstance(error, RefusalError):
         _log.exception("defect", method=method)
         error = RefusalError(grpc.StatusCode.INTERNAL, "INTERNAL", f"{type(error).__name__}: {error}")
@@ -91,7 +99,7 @@ class Server:
     ) -> None:
         """Bind `listen` (HOST:PORT, port 0: any) and start; raise OSError if that port cannot be had."""
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=64, thread_name_prefix="rpc"),
+            futures.ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="rpc"),
             interceptors=[_Refusals()],
             options=[*BULK_OPTIONS, ("grpc.so_reuseport", 0)],
         )

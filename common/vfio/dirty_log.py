@@ -150,6 +150,13 @@ class DirtyLog:
                 bitmap[start >> 3 : (start >> 3) + packed.size] |= packed
         return bitmap.tobytes()
 
+    def discard(self, iova: int, length: int) -> None:
+        """Forget what was logged of `length` bytes at `iova`, whole 4 KiB pages; nothing happens if not started."""
+        first, last = iova >> _SHIFT, (iova + length) >> _SHIFT
+        for window in self._windows_in(iova, iova + length):
+            base = window << (_WINDOW_SHIFT - _SHIFT)
+            self._take(window, max(first, base) - base, min(last, base + _WINDOW_BYTES * 8) - base)
+
     def _take(self, window: int, low: int, high: int) -> npt.NDArray[np.int64]:
         """Clear the bits from `low` up to `high` of a window, and return the numbers of those that were set."""
         bits = np.unpackbits(np.frombuffer(self._windows[window], dtype=np.uint8), bitorder="little")

@@ -72,7 +72,7 @@ PRECOPY_INFO: Final = 0x8001
 """Feature number of our extension for VFIO_MIG_GET_PRECOPY_INFO; GET only, the payload is `PrecopyInfo`."""
 
 IOMMU_DIRTY_START: Final = 0x8010
-"""Feature number of our extension: keep an IOMMU's dirty bits of all that is mapped; SET, `LoggingStart` without ranges."""
+"""Feature number of our extension: keep an IOMMU's dirty bits of all that is mapped; SET, `LoggingStart`, no ranges."""
 
 IOMMU_DIRTY_STOP: Final = 0x8011
 """Stop to keep them, and lose them; SET, as DMA_LOGGING_STOP."""

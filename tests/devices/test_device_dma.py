@@ -111,6 +111,67 @@ def test_unmap_without_a_log_is_just_an_unmap(rig: Callable[..., Rig]) -> None:
     assert unmapped.value.errno == errno.ENOENT
 
 
+def test_the_iommu_sees_every_write_apart_from_the_devices_log(rig: Callable[..., Rig]) -> None:
+    device = running_nic(rig, faults=["unlogged"])
+    client = device.client
+    assert client.extension is not None and client.extension.iommu_dirty
+    with pytest.raises(DeviceError) as not_started:
+        client.iommu_dirty_report(0, PAGE, PAGE)
+    assert not_started.value.errno == errno.EINVAL
+    assert client.iommu_dirty_start(PAGE) == PAGE
+    client.logging_start(PAGE, [Range(0, device.ram.size)])
+    device.post(*page_buffers(40))
+    device.wait_head(1)
+    assert dirty(client.logging_report(0, device.ram.size, PAGE)) == []
+    # A reset is the device's: its log is lost, the IOMMU's bits are not.
+    client.reset()
+    with pytest.raises(DeviceError):
+        client.logging_report(0, PAGE, PAGE)
+    assert dirty(client.iommu_dirty_report(0, device.ram.size, PAGE)) == [device.RING // PAGE, 40]
+    assert dirty(client.iommu_dirty_report(0, device.ram.size, PAGE)) == []
+    client.iommu_dirty_stop()
+    with pytest.raises(DeviceError):
+        client.iommu_dirty_report(0, PAGE, PAGE)
+
+
+def test_the_iommus_bits_go_with_the_mapping(rig: Callable[..., Rig]) -> None:
+    device = running_nic(rig)
+    at = 1 << 32
+    device.client.iommu_dirty_start(PAGE)
+    for bitmap in (True, False):
+        device.map_ram(at, 16 * PAGE, 32 * PAGE)
+        device.post((at + 3 * PAGE, 64, 0, 0, 0, 0))
+        device.wait_head(1 if bitmap else 2)
+        words = device.client.dma_unmap(at, 16 * PAGE, bitmap=bitmap)
+        assert words is None or dirty(words) == [3]
+        assert dirty(device.client.iommu_dirty_report(at, 16 * PAGE, PAGE)) == []
+
+
+def test_an_unmap_tells_what_either_log_knows(rig: Callable[..., Rig]) -> None:
+    device = running_nic(rig)
+    at = 1 << 32
+    device.map_ram(at, 16 * PAGE, 32 * PAGE)
+    device.client.logging_start(PAGE, [Range(at, 16 * PAGE)])
+    device.post((at + 3 * PAGE, 64, 0, 0, 0, 0))
+    device.wait_head(1)
+    device.client.iommu_dirty_start(PAGE)
+    device.post((at + 5 * PAGE, 64, 0, 0, 0, 0))
+    device.wait_head(2)
+    assert dirty(device.client.dma_unmap(at, 16 * PAGE, bitmap=True)) == [3, 5]
+
+
+def test_requests_to_the_log_that_fail_once(rig: Callable[..., Rig]) -> None:
+    device = running_nic(rig, faults=["fail_logging_start", "fail_logging_report"])
+    for ask in (
+        lambda: device.client.logging_start(PAGE, [Range(0, device.ram.size)]),
+        lambda: device.client.logging_report(0, PAGE, PAGE),
+    ):
+        with pytest.raises(DeviceError) as failed:
+            ask()
+        assert failed.value.errno == errno.EIO
+        ask()
+
+
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that, while it is there, holds nic0 between a write and its mark."""

@@ -27,7 +27,7 @@ def test_reads_every_sort_of_knob() -> None:
             "log_max_bits": 42,
             "log_max_ranges": 4,
             "log_page_sizes": [4096, 2 << 20],
-            "faults": ["unlogged", "fail:STOP_COPY"],
+            "faults": ["unlogged", "fail:STOP_COPY", "fail_logging_start", "fail_logging_report"],
         },
     )
     assert (knobs.rate, knobs.packet, knobs.flags) == (5, 64, MigrationFlags.STOP_COPY)

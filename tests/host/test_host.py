@@ -24,7 +24,7 @@ from common.machine.record import Ownership, Record
 from common.rpc.errors import RefusalError
 
 UUID = "6f2c9e0a-0000-4000-8000-000000000001"
-CONTEXT = cast(grpc.ServicerContext, SimpleNamespace(add_callback=lambda _: True))
+CONTEXT = cast("grpc.ServicerContext", SimpleNamespace(add_callback=lambda _: True))
 
 
 class FakeMachine:
@@ -132,7 +132,7 @@ def test_no_machine_is_a_refusal(host: Host) -> None:
 def test_a_machine_is_owned_before_it_runs(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
     assert host.open_machine(spec) == "machine vm started"
     assert machine.told == ["record OWNER", "resume"]
-    assert cast(FakeMachine, host.require_machine()) is machine
+    assert cast("FakeMachine", host.require_machine()) is machine
 
 
 def test_a_machine_that_runs_is_found_again(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
@@ -141,13 +141,11 @@ def test_a_machine_that_runs_is_found_again(host: Host, spec: MachineSpec, machi
     assert machine.told == []
 
 
-def test_a_machine_that_has_moved_is_never_started_again(
-    host: Host, spec: MachineSpec, machine: FakeMachine
-) -> None:
+def test_a_machine_that_has_moved_is_never_started_again(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
     """GONE: not even if a description is given, and whoever may answer at its socket."""
     known(host, Ownership.GONE)
     assert host.open_machine(spec) == "machine vm is not started: it has moved to b:1"
-    assert host.machine is None and machine.told == []
+    assert host.machine is None and "resume" not in machine.told
 
 
 @pytest.mark.parametrize("ownership", [Ownership.COMMITTING, Ownership.COMMITTED, Ownership.STARTING])
@@ -203,7 +201,7 @@ def test_another_machine_is_not_taken_for_the_one_described(
 def test_dropping_a_machine_leaves_nothing(host: Host) -> None:
     host.drop_machine()
     fake = FakeMachine(host.run_directory("5e55"))
-    host.adopt(cast(MachineClient, fake))
+    host.adopt(cast("MachineClient", fake))
     host.drop_machine()
     assert fake.told == ["shutdown"] and host.machine is None and not fake.directory.exists()
 
@@ -228,7 +226,7 @@ def test_the_servicer_tells_what_is_here(host: Host) -> None:
     servicer = HostServicer(host)
     empty = servicer.GetMachine(host_pb2.GetMachineRequest(), CONTEXT)
     assert (empty.role, empty.HasField("machine"), empty.migrating, empty.gone_to) == ("destination", False, False, "")
-    host.adopt(cast(MachineClient, FakeMachine(host.directory)))
+    host.adopt(cast("MachineClient", FakeMachine(host.directory)))
     host.begin_migration("5e55")
     known(host, Ownership.OWNER)
     full = servicer.GetMachine(host_pb2.GetMachineRequest(), CONTEXT)
@@ -251,7 +249,7 @@ def test_an_operator_is_obeyed_unless_a_migration_runs(host: Host, name: str, to
         ask(servicer, name)
     assert refused.value.reason == "NO_MACHINE"
     fake = FakeMachine(host.run_directory("5e55"))
-    host.adopt(cast(MachineClient, fake))
+    host.adopt(cast("MachineClient", fake))
     known(host, Ownership.OWNER)
     host.begin_migration("5e55")
     with pytest.raises(RefusalError) as refused:
@@ -275,7 +273,7 @@ def test_only_a_source_moves_machines_away(host: Host, name: str) -> None:
 def signals(monkeypatch: pytest.MonkeyPatch) -> dict[int, Callable[..., None]]:
     """Handlers as the daemon sets them, without touching those of pytest."""
     handlers: dict[int, Callable[..., None]] = {}
-    monkeypatch.setattr(daemon.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(daemon, "tune_allocator", lambda: None)
     return handlers
 

@@ -118,9 +118,7 @@ def test_a_new_migration_forgets_the_last_one(events: Events, watch: Callable[[s
     assert [event.session_id for event in events._past] == ["b"]
 
 
-def test_watching_everything_has_no_past_and_no_end_of_its_own(
-    events: Events, watch: Callable[[str], Watcher]
-) -> None:
+def test_watching_everything_has_no_past_and_no_end_of_its_own(events: Events, watch: Callable[[str], Watcher]) -> None:
     events.publish("a", message="before")
     watcher = watch("")
     events.publish("a", message="one")

@@ -175,7 +175,10 @@ def test_start_is_all_or_nothing(ram, destination, refuses):
     devices[refuses].errors["start"] = errno.EIO
     container = container_of(ram, *devices)
     container.map(0, P, 0)
-    with fails(errno.EIO, f"dma0: {'abc'[refuses]}: cannot start DMA logging of 1 ranges: Input/output error"):
+    with fails(
+        errno.EIO,
+        f"dma0: {'abc'[refuses]}: cannot start DMA logging of 1 ranges (DMA_LOGGING_START): Input/output error",
+    ):
         container.start_tracking(destination.dirty)
     for index, device in enumerate(devices):
         assert device.calls[1:] == (["start", "stop"] if index < refuses else ["start"] if index == refuses else [])
@@ -246,7 +249,9 @@ def test_a_sync_that_fails_says_who_and_loses_nothing(ram, destination):
     container.start_tracking(destination.dirty)
     a.write(P)
     b.errors["report"] = errno.EIO
-    with fails(errno.EIO, "dma0: b: cannot get the DMA log of IOVA 0x0 size 0x9000: Input/output error"):
+    with fails(
+        errno.EIO, "dma0: b: cannot get the DMA log of IOVA 0x0 size 0x9000 (DMA_LOGGING_REPORT): Input/output error"
+    ):
         container.sync()
     assert container.tracking.kind == "perpetual" and "Input/output error" in container.tracking.reason
     container.unmap(8 * P, P)

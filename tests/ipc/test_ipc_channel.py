@@ -173,9 +173,7 @@ def test_a_call_gets_what_the_handler_returns(serving: Callable[[Mapping[str, Ha
     assert client.call("add", a=-2, b=2)["sum"] == 0
 
 
-def test_descriptors_go_both_ways(
-    serving: Callable[[Mapping[str, Handler]], Client], tmp_path: Path
-) -> None:
+def test_descriptors_go_both_ways(serving: Callable[[Mapping[str, Handler]], Client], tmp_path: Path) -> None:
     (tmp_path / "asked").write_text("asked")
     (tmp_path / "answered").write_text("answered")
     answer = (tmp_path / "answered").open()

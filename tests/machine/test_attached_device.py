@@ -79,7 +79,7 @@ def client() -> FakeClient:
 
 
 def attach(client: FakeClient, migration: str = "auto") -> AttachedDevice:
-    return AttachedDevice(DeviceSpec("nic0", "nic", migration=migration), cast(VfioUserClient, client), None)
+    return AttachedDevice(DeviceSpec("nic0", "nic", migration=migration), cast("VfioUserClient", client), None)
 
 
 @pytest.fixture

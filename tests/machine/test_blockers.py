@@ -34,8 +34,10 @@ def test_nothing_is_in_the_way() -> None:
             "auto",
             STOP_COPY,
             PERPETUAL,
-            "nic0: VFIO device doesn't support device and IOMMU dirty tracking (nvme0 logs no DMA); "
-            'migration = "on" accepts that',
+            (
+                "nic0: VFIO device doesn't support device and IOMMU dirty tracking (nvme0 logs no DMA); "
+                'migration = "on" accepts that'
+            ),
         ),
         ("on", STOP_COPY, PERPETUAL, None),
         ("auto", STOP_COPY, {"default": ("iommu", "its IOMMU tracks")}, None),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def test_bars_are_aligned_apart_from_each_other_and_from_ram(layout: Layout, dev
     taken = [(bar.gpa, bar.gpa + bar.size) for bar in bars]
     taken += [(segment.gpa, segment.gpa + segment.size) for segment in layout.segments]
     taken.sort()
-    assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
     for bar in bars:
         assert bar.gpa % bar.size == 0
         in_hole = bar.gpa >= LOW_END and bar.gpa + bar.size <= HIGH_START
@@ -97,7 +99,7 @@ def test_regions_are_ram_apart_from_each_other(layout: Layout, sizes: list[int])
         assert sum(sizes) > layout.size - max(sizes) * len(layout.segments)  # never for want of trying
         return
     spans = sorted((gpa, gpa + size) for gpa, size in zip(found, sizes, strict=True))
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     for start, end in spans:
         layout.offset_of(start, end - start)  # ValueError if it is not RAM, or lies across the hole
 

@@ -37,8 +37,11 @@ container = "second"
 migration = "on"
 device_dirty_tracking = "off"
 pre_copy_dirty_tracking = "off"
+iommu_dirty_tracking = "off"
 memory = "32MiB"
 load_delay_ms = 25
+migration_flags = 3
+log_page_sizes = ["64KiB", 4096]
 
 [[device]]
 kind = "nic"
@@ -88,8 +91,15 @@ def test_everything_in_a_file_arrives(good: MachineSpec, tmp_path: Path) -> None
     assert (nic.name, nic.container, nic.migration, nic.device_dirty_tracking) == ("nic0", "default", "auto", True)
     assert nic.knobs == {"rate": 125_000_000, "packet": 1500, "faults": ["unlogged", "fail:STOP_COPY"]}
     assert (gpu.name, gpu.container, gpu.migration) == ("gpu", "second", "on")
-    assert (gpu.device_dirty_tracking, gpu.pre_copy_dirty_tracking) == (False, False)
-    assert gpu.knobs == {"memory": 32 << 20, "churn": 1_000_000, "load_delay_ms": 25}
+    assert (gpu.device_dirty_tracking, gpu.iommu_dirty_tracking, gpu.pre_copy_dirty_tracking) == (False, False, False)
+    assert nic.iommu_dirty_tracking
+    assert gpu.knobs == {
+        "memory": 32 << 20,
+        "churn": 1_000_000,
+        "load_delay_ms": 25,
+        "migration_flags": 3,
+        "log_page_sizes": [65536, 4096],
+    }
     assert second.name == "nic1"
     assert [program.name for program in good.programs] == ["driver0", "scribe", "clock0"]
     assert good.programs[0].knobs == {"device": "nic0", "remap": 64, "peer": "gpu"}
@@ -148,6 +158,17 @@ NIC = '[[device]]\nkind = "nic"\n'
         (RAM + NIC + "packet = 63", '6: "packet" in [[device]] must be a whole number from 64 to 65536, not 63'),
         (RAM + NIC + "packet = true", '6: "packet" in [[device]] must be a whole number from 64 to 65536, not true'),
         (RAM + NIC + 'faults = "unlogged"', '6: "faults" in [[device]] must be an array of at most 16 strings'),
+        (RAM + NIC + 'faults = ["fail_logging"]', '6: "faults" in [[device]] has an element that is not a fault'),
+        (RAM + NIC + "migration_flags = 2", '6: "migration_flags" in [[device]] must be 0, 1, 3, 5 or 7, not 2'),
+        (RAM + NIC + "log_page_sizes = []", '6: "log_page_sizes" in [[device]] must be an array of 1 to 16 sizes'),
+        (
+            RAM + NIC + 'log_page_sizes = ["6KiB"]',
+            '6: "log_page_sizes" in [[device]] has an element that must be a power of two',
+        ),
+        (
+            RAM + NIC + "log_page_sizes = [512]",
+            '6: "log_page_sizes" in [[device]] has an element that must be from 4.00 KiB to 1.00 GiB',
+        ),
         (RAM + NIC + 'faults = ["a b"]', '6: "faults" in [[device]] has an element that is not a fault: "a b"'),
         (RAM + '[[device]]\nkind = "accelerator"\nmemory = "3MiB"', '6: "memory" in [[device]] must be a power of two'),
         (RAM + "[viommu]\naddress_width = 40", '5: "address_width" in [viommu] must be 39 or 48, not 40'),
@@ -157,7 +178,7 @@ NIC = '[[device]]\nkind = "nic"\n'
         (RAM + 'image = ["a\\u0000"]', '4: "image" in [ram] must be a printable string'),
         ('name = "m"\nram = 5', '2: "ram" at the top level must be a table: [ram]'),
         (RAM + '[device]\nkind = "nic"', '4: "device" at the top level must be an array of tables: [[device]]'),
-        (RAM.replace("64", "62"), '3: "size" in [ram] must be from 64.0 MiB to 252 GiB, not "62MiB"'),
+        (RAM.replace("64", "62"), '3: "size" in [ram] must be from 64.0 MiB to 4.00 TiB, not "62MiB"'),
         (RAM.replace("64", "65"), '3: "size" in [ram] must be a multiple of 2.00 MiB, not "65MiB"'),
         (RAM.replace('"64MiB"', "0x" + "F" * 5000), '3: "size" in [ram] must be from'),
         (RAM + "a = " + "9" * 5000, " Exceeds the limit"),

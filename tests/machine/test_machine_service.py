@@ -13,8 +13,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from common.ipc.channel import Client, ClosedError, RequestError
 from common.iommu.iova_tree import Mapping, RamTarget
+from common.ipc.channel import Client, ClosedError, RequestError
 from common.machine import record
 from common.machine import service as service_module
 from common.machine.client import Changes, DeviceConfig, DeviceSizes, MachineClient, MappingChange, Tracking
@@ -145,7 +145,7 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.machine = FakeMachine()
         self.record_path = directory / "record.json"
-        self.service = MachineService(cast(Machine, self.machine), directory, self.record_path, 3)
+        self.service = MachineService(cast("Machine", self.machine), directory, self.record_path, 3)
         self.directory = directory
         self.threads: list[threading.Thread] = []
         self.clients: list[MachineClient] = []

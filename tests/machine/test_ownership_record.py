@@ -46,8 +46,6 @@ def test_no_record_is_none(tmp_path: Path) -> None:
     assert record.read(tmp_path / "record.json") is None
 
 
-
-
 class Torn:
     """A file of which only the first characters reach the disk."""
 
@@ -85,7 +83,7 @@ class Power:
             step("rename")
             return rename(path, target)
 
-        monkeypatch.setattr(record.os, "fsync", failing_fsync)
+        monkeypatch.setattr(os, "fsync", failing_fsync)
         monkeypatch.setattr(Path, "rename", failing_rename)
 
 
@@ -105,9 +103,10 @@ def test_a_failure_at_any_step_leaves_the_old_or_the_new(
     path = tmp_path / "record.json"
     if before is not None:
         record.write(path, before)
-    with monkeypatch.context() as patch, pytest.raises(PowerFailureError):
+    with monkeypatch.context() as patch:
         Power(patch, step)
-        record.write(path, NEW)
+        with pytest.raises(PowerFailureError):
+            record.write(path, NEW)
     assert record.read(path) == (before if step < 2 else NEW)
     record.write(path, NEW)  # what was left behind is in nobody's way
     assert record.read(path) == NEW
@@ -124,9 +123,10 @@ def test_a_torn_write_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with real(path, *args, **options) as file:
             yield Torn(file, kept)
 
-    with monkeypatch.context() as patch, pytest.raises(PowerFailureError):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "open", torn)
-        record.write(path, NEW)
+        with pytest.raises(PowerFailureError):
+            record.write(path, NEW)
     assert record.read(path) == OLD
 
 

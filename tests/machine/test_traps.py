@@ -49,7 +49,7 @@ def machine() -> SimpleNamespace:
 
 
 def trap(machine: SimpleNamespace, name: str, **params: Any) -> Any:
-    return traps(cast(Machine, machine))[name](Message(params))
+    return traps(cast("Machine", machine))[name](Message(params))
 
 
 def test_accesses_reach_the_bar_they_are_for(machine: SimpleNamespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -13,6 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
 
+from common.host.host import Host
+from common.host.service import HostServicer
 from common.rpc import channel as rpc_channel
 from common.rpc import errors as rpc_errors
 from common.rpc.channel import open_bulk_channel, open_channel
@@ -23,10 +25,11 @@ HOST_SERVICE = "switchover.v1.HostService"
 CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 
 
-class Servicer(host_pb2_grpc.HostServiceServicer):
+class Servicer(HostServicer):
     """Raises what it is told to, before the first answer or after it."""
 
     def __init__(self) -> None:
+        super().__init__(cast("Host", None))  # nothing is asked of it here
         self.error: Exception | None = None
 
     def Pause(self, request: host_pb2.PauseRequest, context: grpc.ServicerContext) -> host_pb2.PauseResponse:  # noqa: N802  # gRPC's name
@@ -46,7 +49,8 @@ class Servicer(host_pb2_grpc.HostServiceServicer):
 def served() -> Iterator[tuple[Servicer, str]]:
     servicer = Servicer()
     server = Server(
-        "127.0.0.1:0", lambda grpc_server: host_pb2_grpc.add_HostServiceServicer_to_server(servicer, grpc_server),
+        "127.0.0.1:0",
+        lambda grpc_server: host_pb2_grpc.add_HostServiceServicer_to_server(servicer, grpc_server),
         [HOST_SERVICE],
     )
     yield servicer, server.address
@@ -155,9 +159,7 @@ class Failed(grpc.RpcError):
         (grpc.StatusCode.UNKNOWN, "  \n ", "UNKNOWN", "no details"),
     ],
 )
-def test_failures_without_a_reason_get_one(
-    code: grpc.StatusCode, details: str | None, reason: str, text: str
-) -> None:
+def test_failures_without_a_reason_get_one(code: grpc.StatusCode, details: str | None, reason: str, text: str) -> None:
     error = peer_error(Failed(code, details))
     assert error.reason == reason and error.code is code and str(error).startswith(text)
     assert "\n" not in str(error)
@@ -210,8 +212,10 @@ def test_two_servers_do_not_share_a_port(served: tuple[Servicer, str]) -> None:
 
 def test_a_large_batch_passes_and_a_monstrous_one_does_not(channel: grpc.Channel, servicer: Servicer) -> None:
     servicer.error = RefusalError(grpc.StatusCode.ABORTED, "LONG", "x" * 100)
-    call = channel.unary_unary(f"/{HOST_SERVICE}/Pause", request_serializer=lambda data: data)
-    assert failure(lambda: call(bytes([0xA2, 0x06]) + b"\x80\x80\x80\x04" + bytes(8 << 20), timeout=10)).reason == "LONG"
+    call: Callable[..., Any] = channel.unary_unary(f"/{HOST_SERVICE}/Pause", request_serializer=lambda data: data)
+    assert (
+        failure(lambda: call(bytes([0xA2, 0x06]) + b"\x80\x80\x80\x04" + bytes(8 << 20), timeout=10)).reason == "LONG"
+    )
     too_large = bytes(rpc_channel.MAX_MESSAGE + 1)
     assert failure(lambda: call(too_large, timeout=10)).reason == "RESOURCE_EXHAUSTED"
 
@@ -220,13 +224,15 @@ def test_bulk_streams_have_connections_of_their_own(served: tuple[Servicer, str]
     """Two channels to one address with the same options would share one, and a call would wait behind a lane."""
     seen: set[str] = set()
 
-    class Peers(host_pb2_grpc.HostServiceServicer):
+    class Peers(HostServicer):
         def Pause(self, request: host_pb2.PauseRequest, context: grpc.ServicerContext) -> host_pb2.PauseResponse:  # noqa: N802
             seen.add(context.peer())
             return host_pb2.PauseResponse()
 
     server = Server(
-        "127.0.0.1:0", lambda grpc_server: host_pb2_grpc.add_HostServiceServicer_to_server(Peers(), grpc_server), []
+        "127.0.0.1:0",
+        lambda grpc_server: host_pb2_grpc.add_HostServiceServicer_to_server(Peers(cast("Host", None)), grpc_server),
+        [],
     )
     channels = [open_bulk_channel(server.address), open_bulk_channel(server.address), open_channel(server.address)]
     for opened in channels:

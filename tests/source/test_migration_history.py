@@ -18,9 +18,7 @@ def words(pages: set[int]) -> bitmap.Words:
 
 
 @given(SETS, SETS, st.integers(0, PAGES - 1))
-def test_remembers_rounds_and_reports_of_every_page(
-    sent: list[set[int]], reported: list[set[int]], asked: int
-) -> None:
+def test_remembers_rounds_and_reports_of_every_page(sent: list[set[int]], reported: list[set[int]], asked: int) -> None:
     history = History()
     for number, pages in enumerate(sent, 1):
         history.sent(number, words(pages))

@@ -77,9 +77,9 @@ def test_a_page_is_explained_by_its_history() -> None:
             result,
         )
     first, second = result.mismatches
-    assert (first.page, first.sent_in_rounds, first.reported) == (5, [0, 1], ["after round 0: default"])
+    assert (first.page, list(first.sent_in_rounds), list(first.reported)) == (5, [0, 1], ["after round 0: default"])
     assert first.could_have_written == ["vcpu", "nic0 at IOVA 0x5"]
-    assert (second.sent_in_rounds, second.reported, second.could_have_written) == ([0], [], ["vcpu"])
+    assert second.sent_in_rounds == [0] and not second.reported and second.could_have_written == ["vcpu"]
 
 
 def test_a_page_behind_the_hole_has_the_address_that_the_guest_knows() -> None:
@@ -87,9 +87,7 @@ def test_a_page_behind_the_hole_has_the_address_that_the_guest_knows() -> None:
     page = LOW_END // PAGE_SIZE + 3
     result = host_pb2.MigrationResult()
     with pytest.raises(DataLossError):
-        judge_memory(
-            [mismatch(page // CHUNK_PAGES, {page})], page_digests, layout, History(), nobody, result
-        )
+        judge_memory([mismatch(page // CHUNK_PAGES, {page})], page_digests, layout, History(), nobody, result)
     assert result.mismatches[0].gpa == HIGH_START + 3 * PAGE_SIZE
 
 
@@ -136,7 +134,7 @@ def test_a_late_write_is_noticed() -> None:
     stopped = np.arange(8, dtype=np.uint64)
     later = stopped.copy()
     later[[3, 6]] += np.uint64(1)
-    with pytest.raises(DataLossError, match="^2 chunks of 2 MiB .* the first is chunk 3: "):
+    with pytest.raises(DataLossError, match=r"^2 chunks of 2 MiB .* the first is chunk 3: "):
         check_unchanged(stopped, later)
 
 

@@ -170,3 +170,16 @@ def test_the_page_size_that_is_used(asked: int, used: int) -> None:
 def test_limits_that_make_no_sense(options: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         LogLimits(**options)  # type: ignore[arg-type]
+
+
+def test_discarding_forgets_a_part_and_nothing_beside_it() -> None:
+    log = DirtyLog()
+    log.discard(0, 1 << 40)
+    log.start(PAGE, [Range(0, 1 << 40)])
+    edge = 1 << 26  # of what the log keeps together
+    for iova in (0, edge - PAGE, edge, edge + PAGE, 1 << 39):
+        log.mark(iova, 1)
+    log.discard(edge - PAGE, 2 * PAGE)
+    assert [iova for iova in (0, edge - PAGE, edge, edge + PAGE, 1 << 39) if log.report(iova, PAGE, PAGE)[0]] == [
+        0, edge + PAGE, 1 << 39,
+    ]  # fmt: skip

@@ -36,6 +36,7 @@ class FakeDevice:
         self.memory = {region.index: bytearray(region.size) for region in self.regions}
         self.state = DeviceState.RUNNING
         self.log = DirtyLog()
+        self.iommu = DirtyLog()
         self.mappings: dict[int, tuple[int, int, int, bytes | None]] = {}
         self.stream = b""
         self.written = bytearray()
@@ -101,6 +102,15 @@ class FakeDevice:
 
     def logging_report(self, iova: int, length: int, page_size: int) -> bytes:
         return self.log.report(iova, length, page_size)
+
+    def iommu_dirty_start(self, page_size: int) -> int:
+        return self.iommu.start(page_size, [Range(0, 1 << 62)])
+
+    def iommu_dirty_stop(self) -> None:
+        self.iommu.stop()
+
+    def iommu_dirty_report(self, iova: int, length: int, page_size: int) -> bytes:
+        return self.iommu.report(iova, length, page_size)
 
     def stop_copy_length(self) -> int:
         return len(self.stream)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_device import FakeDevice, connected, serving
 
+from common.iommu.device import IommuDirtyDevice
 from common.vfio.feature import PrecopyInfo, Range
 from common.vfio.migration import DeviceState, MigrationFlags
 from common.vfio_user import codec
@@ -268,6 +269,31 @@ def test_the_log() -> None:
         assert not device.log.active
         assert refused(lambda: client.logging_start(PAGE, [])) == errno.EINVAL
         assert refused(lambda: client.logging_start(PAGE, [Range(0, PAGE)] * 257)) == errno.E2BIG
+
+
+def test_dirty_bits_of_an_iommu_are_not_the_devices_log() -> None:
+    device = FakeDevice()
+    device.extension = Extension(iommu_dirty=True)
+    with connected(device) as client:
+        assert isinstance(client, IommuDirtyDevice)
+        client.logging_start(PAGE, [Range(0, 1 << 30)])
+        assert refused(lambda: client.iommu_dirty_report(0, PAGE, PAGE)) == errno.EINVAL
+        assert client.iommu_dirty_start(8192) == PAGE
+        assert refused(lambda: client.iommu_dirty_start(PAGE)) == errno.EINVAL
+        device.iommu.mark(0x5000, 1)
+        device.log.mark(0x7000, 1)
+        assert client.iommu_dirty_report(0, 100 * PAGE, PAGE).tolist() == [1 << 5, 0]
+        assert not client.iommu_dirty_report(0, 100 * PAGE, PAGE).any()
+        client.iommu_dirty_stop()
+        assert not device.iommu.active
+        assert client.logging_report(0, 100 * PAGE, PAGE).tolist() == [1 << 7, 0]
+
+
+def test_without_the_extension_there_is_no_iommu_to_ask() -> None:
+    with connected(FakeDevice()) as client:
+        assert refused(lambda: client.iommu_dirty_start(PAGE)) == errno.EINVAL
+        assert refused(client.iommu_dirty_stop) == errno.EINVAL
+        assert refused(lambda: client.iommu_dirty_report(0, PAGE, PAGE)) == errno.EINVAL
 
 
 def test_a_refused_report_clears_nothing() -> None:

@@ -110,8 +110,6 @@ class _DeviceStateKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Devic
     """Bytes that were read in STOP_COPY."""
     DEVICE_STATE_KIND_END: _DeviceStateKind.ValueType  # 4
     """The device's stream is complete."""
-    DEVICE_STATE_KIND_RESTART: _DeviceStateKind.ValueType  # 5
-    """The device started over (it was reset): what was sent before is void."""
 
 class DeviceStateKind(_DeviceStateKind, metaclass=_DeviceStateKindEnumTypeWrapper):
     """DeviceStateKind says what a record of a device's stream is."""
@@ -126,8 +124,6 @@ DEVICE_STATE_KIND_STOP_COPY_DATA: DeviceStateKind.ValueType  # 3
 """Bytes that were read in STOP_COPY."""
 DEVICE_STATE_KIND_END: DeviceStateKind.ValueType  # 4
 """The device's stream is complete."""
-DEVICE_STATE_KIND_RESTART: DeviceStateKind.ValueType  # 5
-"""The device started over (it was reset): what was sent before is void."""
 Global___DeviceStateKind: _TypeAlias = DeviceStateKind  # noqa: Y015
 
 class _VerifyMode:
@@ -176,15 +172,15 @@ class PrepareRequest(_message.Message):
     session_id: _builtins.str
     """Unique for this attempt."""
     protocol_version: _builtins.int
-    """The protocol that the source speaks; N and N-1 are understood."""
+    """The protocol that the source speaks; a destination refuses one that it does not."""
     machine_uuid: _builtins.str
     """The machine's UUID."""
     incarnation: _builtins.int
-    """Grows with every handover of this machine; a destination refuses a lower one."""
+    """Grows with every handover of this machine; a destination that has had this or a later one refuses it."""
     machine_json: _builtins.str
     """The machine's description as JSON (docs/protocol.md): RAM, vIOMMU, devices, guest programs."""
     lanes: _builtins.int
-    """How many page lanes the source will open."""
+    """How many page lanes the source will open, 1 to 16; 0: one."""
     verify: Global___VerifyMode.ValueType
     """How RAM and devices will be verified, so that the destination reads back what is settled early."""
     @_builtins.property
@@ -327,7 +323,7 @@ class SendPagesRequest(_message.Message):
     ZERO_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Counts the batches of this lane and generation from 1, without gaps."""
+    """Counts the batches of this lane from 1, without gaps."""
     round: _builtins.int
     """The round of pre-copy that sends it; 0 sends all of RAM."""
     encoding: Global___PageEncoding.ValueType
@@ -822,7 +818,7 @@ class DeviceMismatch(_message.Message):
     name: _builtins.str
     """The device's name."""
     what: _builtins.str
-    """For example "config space", "BAR 2", "state dump"."""
+    """"config space", "BARs" or "state dump"."""
     def __init__(
         self,
         *,
@@ -920,22 +916,26 @@ class GetSessionResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     MACHINE_UUID_FIELD_NUMBER: _builtins.int
     GUEST_GAP_US_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     state: Global___SessionState.ValueType
     """Its state."""
     machine_uuid: _builtins.str
     """Its machine."""
     guest_gap_us: _builtins.int
     """The gap that the guest's own clock program saw across the move, in microseconds; unset: not known (yet)."""
+    failure: _builtins.str
+    """Why the machine could not be started here although it is ours; empty: it could, or it is not yet known."""
     def __init__(
         self,
         *,
         state: Global___SessionState.ValueType = ...,
         machine_uuid: _builtins.str = ...,
         guest_gap_us: _builtins.int | None = ...,
+        failure: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guest_gap_us", b"_guest_gap_us", "guest_gap_us", b"guest_gap_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guest_gap_us", b"_guest_gap_us", "guest_gap_us", b"guest_gap_us", "machine_uuid", b"machine_uuid", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guest_gap_us", b"_guest_gap_us", "failure", b"failure", "guest_gap_us", b"guest_gap_us", "machine_uuid", b"machine_uuid", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guest_gap_us: _TypeAlias = _typing.Literal["guest_gap_us"]  # noqa: Y015
     _WhichOneofArgType__guest_gap_us: _TypeAlias = _typing.Literal["_guest_gap_us", b"_guest_gap_us"]  # noqa: Y015
@@ -950,20 +950,16 @@ class ResolveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    MACHINE_UUID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
-    machine_uuid: _builtins.str
-    """The machine's UUID."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
-        machine_uuid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine_uuid", b"machine_uuid", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,661 @@
+"""The incoming story and its service, around a machine that only takes notes: what is accepted, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import grpc
+import numpy as np
+import pytest
+from switchover.v1 import migration_pb2 as pb
+
+from common.host.host import REVOKED as DECIDED_REVOKED
+from common.host.host import Host
+from common.ipc.channel import RequestError
+from common.machine import record
+from common.machine.client import Changes, DeviceConfig, DeviceInfo, MachineClient, MappingChange
+from common.machine.config import MachineSpec, ViommuSpec, to_json
+from common.machine.device import Digest, Pending
+from common.machine.record import Ownership, Record
+from common.memory.layout import PAGE_SIZE
+from common.memory.pages import Encoding, PageBatch
+from common.memory.ram import GuestRam
+from common.rpc.errors import RefusalError
+from common.rpc.page_batch import serialize
+from destination import migration as arrival_module
+from destination.handover import COMMITTED, PREPARING, READY, REVOKED, RUNNING, STARTING
+from destination.service import MigrationServicer
+
+UUID = "6f2c9e0a-0000-4000-8000-000000000001"
+SESSION = "5e551075"
+CONTEXT = cast("grpc.ServicerContext", SimpleNamespace())
+INCARNATION = 4
+SPEC = MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
+PAGES = SPEC.ram_size // PAGE_SIZE
+PRECOPY = pb.DEVICE_STATE_KIND_PRECOPY_DATA
+LOADED = pb.DEVICE_STATE_KIND_INIT_DATA_SENT
+DATA = pb.DEVICE_STATE_KIND_STOP_COPY_DATA
+END = pb.DEVICE_STATE_KIND_END
+
+
+class FakeMachine:
+    """Takes notes of all that it is told, in order; `refuses` is what it does not do."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.notes: list[Any] = []
+        self.refuses: set[str] = set()
+        self.memory = GuestRam.create(SPEC.ram_size)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def take_note(*args: Any, **named: Any) -> None:
+            if name in self.refuses:
+                raise RequestError("EIO", f"cannot {name}")
+            self.notes.append((name, *args, *named.values()))
+
+        return take_note
+
+    def another(self) -> FakeMachine:
+        return self
+
+    def ram(self, *, writable: bool) -> GuestRam:
+        assert writable
+        return self.memory
+
+    def devices(self) -> list[DeviceInfo]:
+        return [
+            DeviceInfo("nic0", "nic", 7, "RESUMING", comparable_dump=True),
+            DeviceInfo("nvme0", "nvme", 1, "RESUMING", comparable_dump=False),
+        ]
+
+    def guest_gap_us(self) -> int:
+        return 4321
+
+    def digest(self, name: str) -> Digest:
+        return Digest(len(name), (1,), 0, compared=name == "nic0")
+
+    def did(self, *names: str) -> list[Any]:
+        """Return the notes of these names."""
+        return [note for note in self.notes if note[0] in names]
+
+
+class FakeVerifier:
+    """A verifier that finds what it is told to find."""
+
+    mismatches: list[pb.ChunkMismatch] = []  # noqa: RUF012  # replaced by tests
+
+    def __init__(self, *_: object, early: bool) -> None:
+        self.early = early
+        self.calls: list[str] = []
+
+    def read_all(self) -> None:
+        self.calls.append("read_all")
+
+    def complete(self) -> None:
+        self.calls.append("complete")
+
+    def compare(self, theirs: bytes) -> list[pb.ChunkMismatch]:
+        if len(theirs) != 32 * 8:
+            raise ValueError(f"{len(theirs)} bytes of digests for 32 chunks")
+        return self.mismatches
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class Rig:
+    """A destination without processes, driven as a source drives it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.host = Host("destination", directory)
+        self.servicer = MigrationServicer(self.host)
+        self.machine = FakeMachine(directory / "run")
+        self.launches = 0
+        self.refuse_launch = False
+
+    def launch(self, spec: MachineSpec, *_: object, incarnation: int, incoming: bool) -> FakeMachine:
+        assert spec == SPEC and incoming
+        if self.refuse_launch:
+            raise OSError("the machine did not start: no memory")
+        self.launches += 1
+        return self.machine
+
+    def prepare(self, **changes: Any) -> pb.PrepareResponse:
+        members: dict[str, Any] = {
+            "session_id": SESSION,
+            "protocol_version": 1,
+            "machine_uuid": UUID,
+            "incarnation": INCARNATION,
+            "machine_json": to_json(SPEC),
+            "lanes": 2,
+            "verify": pb.VERIFY_MODE_OFF,
+        }
+        return self.servicer.Prepare(pb.PrepareRequest(**members | changes), CONTEXT)
+
+    def context(self, *, active: bool = True, **metadata: str) -> grpc.ServicerContext:
+        given = {"session_id": SESSION, **metadata}
+        pairs = tuple((key.replace("_", "-"), value) for key, value in given.items())
+        return cast(
+            "grpc.ServicerContext", SimpleNamespace(invocation_metadata=lambda: pairs, is_active=lambda: active)
+        )
+
+    def pages(self, *messages: bytes, lane: str = "0", session_id: str = SESSION) -> list[int]:
+        context = self.context(lane=lane, session_id=session_id)
+        return [answer.applied_sequence for answer in self.servicer.SendPages(iter(messages), context)]
+
+    def records(self, *requests: pb.SendDeviceStateRequest, device: str = "nic0") -> list[pb.SendDeviceStateResponse]:
+        return list(self.servicer.SendDeviceState(iter(requests), self.context(device=device)))
+
+    def mappings(self, *requests: pb.SendMappingsRequest) -> list[int]:
+        answers = self.servicer.SendMappings(iter(requests), self.context())
+        return [answer.applied_sequence for answer in answers]
+
+    def finish(self, **changes: Any) -> pb.FinishResponse:
+        members: dict[str, Any] = {
+            "session_id": SESSION,
+            "vcpu_json": '{"clock": 1}',
+            "devices": [
+                pb.DeviceConfig(name="nic0", record_sequence=1, config_space=b"abc", pending_vectors=[2]),
+                pb.DeviceConfig(name="nvme0", record_sequence=2, pending_doorbells=[0]),
+            ],
+            "lane_sequences": [1, 0],
+            "mapping_sequence": 0,
+        }
+        return self.servicer.Finish(pb.FinishRequest(**members | changes), CONTEXT)
+
+    def all_has_come(self, **changes: Any) -> None:
+        """Prepare, and send one batch and both devices."""
+        self.prepare(**changes)
+        assert self.pages(batch(1)) == [1]
+        self.records(device_record(1, END))
+        self.records(device_record(1, DATA, b"xyz"), device_record(2, END), device="nvme0")
+
+    def ready(self, **changes: Any) -> None:
+        self.all_has_come(**changes)
+        self.finish()
+        assert self.state() == READY
+
+    def state(self) -> int:
+        return self.servicer.GetSession(pb.GetSessionRequest(session_id=SESSION), CONTEXT).state
+
+    def commit(self, incarnation: int = INCARNATION, session_id: str = SESSION) -> pb.CommitResponse:
+        return self.servicer.Commit(pb.CommitRequest(session_id=session_id, incarnation=incarnation), CONTEXT)
+
+    def resolve(self, session_id: str = SESSION) -> int:
+        request = pb.ResolveRequest(session_id=session_id)
+        return self.servicer.Resolve(request, CONTEXT).state
+
+    def abort(self, session_id: str = SESSION) -> None:
+        self.servicer.Abort(pb.AbortRequest(session_id=session_id, reason="told to"), CONTEXT)
+
+    def settled(self) -> None:
+        """Wait for what follows a start."""
+        arrival = self.servicer._arrival
+        assert arrival is not None
+        arrival._pool.shutdown(wait=True)
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    made = Rig(tmp_path)
+    monkeypatch.setattr(arrival_module, "launch", made.launch)
+    monkeypatch.setattr(arrival_module, "Verifier", FakeVerifier)
+    yield made
+    made.servicer.close()
+    made.host.close()
+    made.machine.memory.close()
+
+
+def batch(sequence: int, first: int = 3, pages: int = 2, fill: int = 7) -> bytes:
+    numbers = np.array([first], np.uint64), np.array([pages], np.uint64)
+    zero = bytes((pages + 7) // 8)
+    payload = [bytes([fill]) * PAGE_SIZE * pages]
+    return serialize(PageBatch(sequence, 0, Encoding.RAW, *numbers, zero, payload))
+
+
+def device_record(sequence: int, kind: int, data: bytes = b"") -> pb.SendDeviceStateRequest:
+    return pb.SendDeviceStateRequest(sequence=sequence, kind=pb.DeviceStateKind.ValueType(kind), data=data)
+
+
+def refused(call: Callable[[], object]) -> str:
+    """Return the reason and the text of a refusal."""
+    with pytest.raises(RefusalError) as refusal:
+        call()
+    return f"{refusal.value.reason}: {refusal.value}"
+
+
+# setup
+
+
+def test_prepare_builds_a_machine_that_waits(rig: Rig) -> None:
+    answer = rig.prepare(data_first=[0, 100], data_pages=[10, 1])
+    assert [(d.name, d.migration_flags, d.comparable_dump) for d in answer.devices] == [
+        ("nic0", 7, True),
+        ("nvme0", 1, False),
+    ]
+    assert answer.protocol_version == 1 and rig.state() == PREPARING and rig.host.migrating
+    assert rig.machine.notes == [("begin", SESSION), ("enter_resuming",)]
+    assert rig.machine.memory.allocated_bytes == 11 * PAGE_SIZE
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"protocol_version": 2}, "PROTOCOL_VERSION: the source speaks protocol 2, this destination 1"),
+        ({"protocol_version": 0}, "PROTOCOL_VERSION"),
+        ({"session_id": ""}, "BAD_REQUEST: the session's name"),
+        ({"session_id": "../evil"}, "BAD_REQUEST: the session's name"),
+        ({"session_id": "a" * 65}, "BAD_REQUEST: the session's name"),
+        ({"machine_json": "{"}, "BAD_REQUEST: machine description"),
+        ({"machine_json": "{}"}, "BAD_REQUEST: machine description"),
+        ({"machine_uuid": UUID[:-1] + "2"}, "BAD_REQUEST: machine description and request name different machines"),
+        ({"data_first": [0]}, "BAD_REQUEST: runs of data: as many"),
+        ({"data_first": [PAGES], "data_pages": [1]}, f"BAD_REQUEST: runs of data: 1 pages from {PAGES}"),
+        ({"data_first": [PAGES - 1], "data_pages": [2]}, "BAD_REQUEST: runs of data: 2 pages"),
+        ({"data_first": [0], "data_pages": [0]}, "BAD_REQUEST: runs of data: 0 pages"),
+        ({"data_first": [1 << 63], "data_pages": [1 << 63]}, "BAD_REQUEST: runs of data"),
+        ({"data_first": [10, 5], "data_pages": [1, 1]}, "BAD_REQUEST: runs of data: 1 pages from 5"),
+        ({"data_first": [0, 1], "data_pages": [2, 1]}, "BAD_REQUEST: runs of data: 1 pages from 1"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_and_leaves_nothing(rig: Rig, changes: dict[str, Any], said: str) -> None:
+    assert refused(lambda: rig.prepare(**changes)).startswith(said)
+    assert rig.launches == 0 and not rig.host.migrating
+    rig.prepare(session_id="another")
+
+
+def test_a_machine_that_cannot_be_built_leaves_nothing(rig: Rig) -> None:
+    rig.refuse_launch = True
+    assert refused(rig.prepare) == "CANNOT_BUILD: the machine did not start: no memory"
+    rig.refuse_launch = False
+    assert not rig.host.migrating and rig.state() == REVOKED
+    rig.prepare(session_id="another")
+
+
+def test_a_machine_that_does_not_fit_is_refused_before_it_is_built(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = dataclasses.replace(SPEC, ram_size=240 << 30)
+    monkeypatch.setattr("builtins.open", lambda _: FakeMeminfo())
+    request = {"machine_json": to_json(spec), "data_first": [0], "data_pages": [1 << 20]}
+    said = refused(lambda: rig.prepare(**request))
+    monkeypatch.undo()
+    assert said == "NOT_ENOUGH_MEMORY: the machine holds 4096 MiB in RAM, this host has 1000 MiB free"
+    assert rig.launches == 0 and not rig.host.migrating
+
+
+class FakeMeminfo:
+    def __enter__(self) -> Iterable[str]:
+        return ["MemTotal: 9999999 kB", f"MemAvailable: {1000 << 10} kB"]
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_a_host_with_a_machine_takes_no_other(rig: Rig) -> None:
+    rig.host.adopt(cast("MachineClient", rig.machine))
+    assert refused(rig.prepare).startswith("HAS_MACHINE")
+    assert not rig.host.migrating
+
+
+@pytest.mark.parametrize(("incarnation", "accepted"), [(3, False), (4, False), (5, True)])
+def test_an_old_incarnation_does_not_come_back(rig: Rig, incarnation: int, accepted: bool) -> None:
+    record.write(rig.host.record_path, Record(UUID, "vm", 4, Ownership.GONE, "/d", "old", "b:1"))
+    if accepted:
+        rig.prepare(incarnation=incarnation)
+    else:
+        assert refused(lambda: rig.prepare(incarnation=incarnation)).startswith("OLD_INCARNATION")
+
+
+def test_one_machine_arrives_at_a_time(rig: Rig) -> None:
+    rig.prepare()
+    assert refused(lambda: rig.prepare(session_id="another")).startswith("MIGRATION_RUNS")
+    assert rig.state() == PREPARING
+
+
+# precopy
+
+
+def test_pages_are_in_ram_when_they_are_acknowledged(rig: Rig) -> None:
+    rig.prepare()
+    assert rig.pages(batch(1, fill=7), batch(2, 5, fill=9)) == [1, 2]
+    assert rig.pages(batch(1, 8, fill=1), lane="1") == [1]
+    firsts = rig.machine.memory.bytes.reshape(-1, PAGE_SIZE)[:11, 0].tolist()
+    assert firsts == [0, 0, 0, 7, 7, 9, 9, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("lane", "messages", "said"),
+    [
+        ("2", [batch(1)], "BAD_REQUEST: lane 2 was not announced"),
+        ("-1", [batch(1)], "BAD_REQUEST: no lane number: '-1'"),
+        ("", [batch(1)], "BAD_REQUEST: no lane number: ''"),
+        ("0", [batch(1), batch(3)], "BAD_REQUEST: lane 0: batch 3 after 1"),
+        ("0", [batch(2)], "BAD_REQUEST: lane 0: batch 2 after 0"),
+        ("0", [batch(1), batch(1)], "BAD_REQUEST: lane 0: batch 1 after 1"),
+        ("0", [b"\xff\xff\xff"], "BAD_REQUEST: page batch: "),
+        ("0", [batch(1, PAGES - 1)], "BAD_REQUEST: lane 0, batch 1: "),
+        ("1", [batch(1)[:-1]], "BAD_REQUEST: "),
+    ],
+)
+def test_batches_that_are_not_in_order_are_refused(rig: Rig, lane: str, messages: list[bytes], said: str) -> None:
+    rig.prepare()
+    assert refused(lambda: rig.pages(*messages, lane=lane)).startswith(said)
+
+
+def test_a_bad_stream_ends_the_session_and_the_machine(rig: Rig) -> None:
+    rig.prepare()
+    refused(lambda: rig.pages(batch(2)))
+    assert rig.state() == REVOKED and rig.machine.did("shutdown") and not rig.host.migrating
+    assert refused(lambda: rig.pages(batch(1))) == "WRONG_STATE: the session is REVOKED"
+    assert not rig.machine.memory.bytes[: 8 * PAGE_SIZE].any()
+
+
+def test_a_source_that_is_gone_ends_the_session(rig: Rig) -> None:
+    rig.prepare()
+    stream = rig.servicer.SendPages(iter([batch(1)]), rig.context(active=False, lane="0"))
+    assert [answer.applied_sequence for answer in stream] == [1]
+    assert rig.state() == REVOKED
+
+
+def test_streams_belong_to_a_session(rig: Rig) -> None:
+    rig.prepare()
+    assert refused(lambda: rig.pages(batch(1), session_id="another")).startswith("NO_SESSION")
+    nobody = cast("grpc.ServicerContext", SimpleNamespace(invocation_metadata=lambda: ()))
+    assert "'session-id' is missing" in refused(lambda: list(rig.servicer.SendMappings(iter([]), nobody)))
+    assert "'device' is missing" in refused(lambda: list(rig.servicer.SendDeviceState(iter([]), rig.context())))
+    assert rig.state() == PREPARING
+
+
+def test_records_reach_their_device(rig: Rig) -> None:
+    rig.prepare()
+    answers = rig.records(
+        device_record(1, PRECOPY, b"ab"), device_record(2, LOADED), device_record(3, DATA, b"c"), device_record(4, END)
+    )
+    assert [answer.applied_sequence for answer in answers] == [1, 2, 3, 4]
+    assert [answer.initial_data_loaded for answer in answers] == [False, True, True, True]
+    assert rig.machine.did("write_device") == [("write_device", "nic0", b"ab"), ("write_device", "nic0", b"c")]
+
+
+def test_a_device_without_precopy_acknowledges_no_initial_data(rig: Rig) -> None:
+    rig.prepare()
+    assert [a.initial_data_loaded for a in rig.records(device_record(1, LOADED), device="nvme0")] == [False]
+
+
+@pytest.mark.parametrize(
+    ("device", "records", "said"),
+    [
+        ("nobody", [device_record(1, END)], "there is no device nobody"),
+        ("nic0", [device_record(2, END)], "nic0: record 2 after 0"),
+        ("nic0", [device_record(1, LOADED), device_record(1, LOADED)], "nic0: record 1 after 1"),
+        ("nic0", [device_record(1, END), device_record(2, DATA, b"x")], "nic0: a record after the end"),
+        ("nic0", [device_record(1, END), device_record(2, END)], "nic0: a record after the end"),
+        ("nic0", [device_record(1, 0)], "nic0: unknown record kind 0"),
+        ("nic0", [device_record(1, 99)], "nic0: unknown record kind 99"),
+        ("nic0", [device_record(1, DATA)], "nic0: a record of kind DEVICE_STATE_KIND_STOP_COPY_DATA with 0 bytes"),
+        ("nic0", [device_record(1, END, b"x")], "nic0: a record of kind DEVICE_STATE_KIND_END with 1 bytes"),
+    ],
+)
+def test_records_that_are_not_in_order_are_refused(
+    rig: Rig, device: str, records: list[pb.SendDeviceStateRequest], said: str
+) -> None:
+    rig.prepare()
+    assert refused(lambda: rig.records(*records, device=device)) == f"BAD_REQUEST: {said}"
+    assert rig.state() == REVOKED and not rig.machine.did("write_device")
+
+
+def test_a_device_that_does_not_take_its_data_ends_the_session(rig: Rig) -> None:
+    rig.prepare()
+    rig.machine.refuses = {"write_device"}
+    assert refused(lambda: rig.records(device_record(1, DATA, b"x"))) == "CANNOT_LOAD: cannot write_device"
+    assert rig.state() == REVOKED
+
+
+def test_mappings_arrive_in_order(rig: Rig) -> None:
+    rig.prepare()
+    where = pb.MappingRange(container="default", iova=0x1000, size=0x2000)
+    added = pb.Mapping(range=where, gpa=0x5000, readable=True)
+    assert rig.mappings(
+        pb.SendMappingsRequest(sequence=1, added=[added]), pb.SendMappingsRequest(sequence=2, removed=[where])
+    ) == [1, 2]
+    assert rig.machine.did("change_mappings") == [
+        ("change_mappings", Changes((), (MappingChange("default", 0x1000, 0x2000, 0x5000, True, False),))),
+        ("change_mappings", Changes((MappingChange("default", 0x1000, 0x2000),), ())),
+    ]
+    assert refused(lambda: rig.mappings(pb.SendMappingsRequest(sequence=2))) == (
+        "BAD_REQUEST: mappings: batch 2 after 2"
+    )
+
+
+# switchover
+
+
+def test_finish_loads_what_is_left(rig: Rig) -> None:
+    rig.all_has_come()
+    rig.finish(paused=True)
+    ((_, vcpu, configs, *_rest),) = rig.machine.did("load")
+    assert vcpu == {"clock": 1}
+    assert configs == [DeviceConfig("nic0", b"abc", Pending((2,))), DeviceConfig("nvme0", b"", Pending((), (0,)))]
+    assert rig.state() == READY
+    assert refused(rig.finish) == "WRONG_STATE: the session is READY"
+    assert refused(lambda: rig.pages(batch(2))) == "WRONG_STATE: the session is READY"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lane_sequences": [2, 0]}, "not all page batches have arrived"),
+        ({"lane_sequences": [1]}, "not all page batches have arrived"),
+        ({"lane_sequences": [0, 0]}, "not all page batches have arrived"),
+        ({"mapping_sequence": 1}, "not all mapping changes have arrived"),
+        ({"devices": []}, "the devices are not those that were prepared"),
+        ({"devices": [pb.DeviceConfig(name="nic0", record_sequence=1)]}, "the devices are not those"),
+        ({"vcpu_json": "{"}, "vCPU state: "),
+        (
+            {"devices": [pb.DeviceConfig(name=name, record_sequence=1) for name in ("nic0", "nvme0")]},
+            "nvme0: its state has not arrived whole",
+        ),
+    ],
+)
+def test_nothing_is_loaded_before_all_has_come(rig: Rig, changes: dict[str, Any], said: str) -> None:
+    rig.all_has_come()
+    assert refused(lambda: rig.finish(**changes)).startswith(f"BAD_REQUEST: {said}")
+    assert rig.state() == PREPARING and not rig.machine.did("load")
+    rig.finish()
+
+
+def test_a_device_without_its_last_record_is_not_whole(rig: Rig) -> None:
+    rig.prepare()
+    rig.pages(batch(1))
+    rig.records(device_record(1, END))
+    rig.records(device_record(1, DATA, b"x"), device_record(2, DATA, b"y"), device="nvme0")
+    assert refused(rig.finish) == "BAD_REQUEST: nvme0: its state has not arrived whole"
+
+
+def test_a_state_that_no_device_accepts_is_not_committed(rig: Rig) -> None:
+    rig.all_has_come()
+    rig.machine.refuses = {"load"}
+    assert refused(rig.finish) == "CANNOT_LOAD: cannot load"
+    assert refused(rig.commit).startswith("NOT_READY")
+
+
+# verification
+
+
+def verify(rig: Rig, *devices: pb.DeviceDigest, digests: bytes = bytes(32 * 8)) -> pb.VerifyResponse:
+    request = pb.VerifyRequest(session_id=SESSION, chunk_digests=digests, devices=devices)
+    return rig.servicer.Verify(request, CONTEXT)
+
+
+def test_what_was_not_read_is_not_verified(rig: Rig) -> None:
+    rig.ready()
+    assert refused(lambda: verify(rig)).startswith("NOT_READ")
+
+
+def test_all_of_ram_is_compared_and_what_both_sides_could_read_of_devices(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differing = [pb.ChunkMismatch(chunk=3, page_digests=b"x")]
+    monkeypatch.setattr(FakeVerifier, "mismatches", differing)
+    rig.ready(verify=pb.VERIFY_MODE_STRICT)
+    answer = verify(
+        rig,
+        pb.DeviceDigest(name="nic0", config=4, bars=[2], compared=True),
+        pb.DeviceDigest(name="nvme0", config=99, compared=True),  # cannot be read here
+        pb.DeviceDigest(name="nobody", compared=True),
+    )
+    assert answer.chunks == 32 and list(answer.mismatches) == differing
+    assert list(answer.compared_devices) == ["nic0"]
+    assert [(d.name, d.what) for d in answer.devices] == [("nic0", "BARs")]
+    assert refused(lambda: verify(rig, digests=b"123")) == "BAD_REQUEST: 3 bytes of digests for 32 chunks"
+
+
+def test_what_is_compared_later_was_read_before_the_start(rig: Rig) -> None:
+    rig.ready(verify=pb.VERIFY_MODE_DEFERRED)
+    rig.commit()
+    rig.settled()
+    rig.machine.digest = None  # type: ignore[assignment,method-assign]  # nobody reads a device that runs
+    answer = verify(rig, pb.DeviceDigest(name="nic0", config=4, bars=[1], compared=True))
+    assert list(answer.compared_devices) == ["nic0"] and not answer.devices
+
+
+def test_a_strict_verdict_is_of_a_machine_that_stands_still(rig: Rig) -> None:
+    rig.ready(verify=pb.VERIFY_MODE_STRICT)
+    rig.commit()
+    rig.settled()
+    assert refused(lambda: verify(rig)) == "WRONG_STATE: the session is RUNNING"
+
+
+# handover
+
+
+def test_a_decision_is_on_disk_before_anyone_acts_on_it(rig: Rig) -> None:
+    rig.ready()
+    answer = rig.commit()
+    rig.settled()
+    assert answer.state == RUNNING
+    handed_over = rig.machine.did("record", "load", "take_over", "resume")
+    assert [note[:2] if note[0] == "record" else note[0] for note in handed_over] == [
+        "load",
+        ("record", Ownership.COMMITTED),
+        ("record", Ownership.STARTING),
+        "take_over",
+        ("record", Ownership.OWNER),
+    ]
+    assert handed_over[1][2:] == (SESSION, INCARNATION)
+    assert cast("FakeMachine", rig.host.require_machine()) is rig.machine and not rig.host.migrating
+    session = rig.servicer.GetSession(pb.GetSessionRequest(session_id=SESSION), CONTEXT)
+    assert (session.state, session.guest_gap_us, session.machine_uuid) == (RUNNING, 4321, UUID)
+
+
+def test_commit_may_come_again(rig: Rig) -> None:
+    rig.ready()
+    assert [rig.commit().state for _ in range(3)] == [RUNNING] * 3
+    assert len(rig.machine.did("take_over")) == 1
+    assert len([note for note in rig.machine.did("record") if note[1] is Ownership.COMMITTED]) == 1
+
+
+@pytest.mark.parametrize("incarnation", [0, INCARNATION - 1, INCARNATION + 1])
+def test_commit_names_the_incarnation(rig: Rig, incarnation: int) -> None:
+    rig.ready()
+    assert refused(lambda: rig.commit(incarnation)).startswith("WRONG_INCARNATION")
+    assert rig.state() == READY and not rig.machine.did("record", "take_over")
+
+
+def test_commit_before_all_is_loaded_is_refused(rig: Rig) -> None:
+    rig.all_has_come()
+    assert refused(rig.commit) == "NOT_READY: commit is not possible in PREPARING"
+    assert refused(lambda: rig.commit(session_id="another")).startswith("NO_SESSION")
+
+
+def test_commit_after_revoked_is_refused(rig: Rig) -> None:
+    rig.ready()
+    rig.abort()
+    assert refused(rig.commit) == "NOT_READY: commit is not possible in REVOKED"
+    assert not rig.machine.did("record", "take_over") and rig.host.machine is None
+
+
+def test_abort_ends_what_is_not_committed(rig: Rig) -> None:
+    rig.ready()
+    rig.abort("another")
+    assert rig.state() == READY
+    rig.abort()
+    rig.abort()
+    assert rig.state() == REVOKED and not rig.host.migrating
+    assert len(rig.machine.did("shutdown")) == 1
+    assert rig.host.decision(SESSION) == DECIDED_REVOKED
+
+
+def test_abort_after_commit_is_refused(rig: Rig) -> None:
+    rig.ready()
+    rig.commit()
+    rig.settled()
+    assert refused(rig.abort) == "COMMITTED: revoke is not possible in RUNNING"
+    assert rig.state() == RUNNING and not rig.machine.did("shutdown")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_resolve_revokes_what_is_not_committed_and_says_so_for_ever(rig: Rig, loaded: bool) -> None:
+    (rig.ready if loaded else rig.prepare)()
+    assert rig.resolve() == REVOKED
+    assert rig.host.decision(SESSION) == DECIDED_REVOKED and rig.machine.did("shutdown")
+    assert rig.resolve() == REVOKED
+    refused(rig.commit)
+
+
+def test_resolve_after_commit_is_the_same_answer_every_time(rig: Rig) -> None:
+    rig.ready()
+    rig.commit()
+    rig.settled()
+    assert rig.resolve() in (COMMITTED, STARTING, RUNNING)
+    assert rig.resolve() in (COMMITTED, STARTING, RUNNING)
+    assert not rig.machine.did("shutdown")
+
+
+def test_resolve_of_a_session_that_nobody_knows_revokes_it(rig: Rig) -> None:
+    """Its Prepare or its COMMIT may still be on the way."""
+    assert rig.resolve() == REVOKED
+    assert rig.host.decision(SESSION) == DECIDED_REVOKED
+    assert refused(rig.prepare).startswith("SESSION_ENDED")
+    rig.prepare(session_id="another")
+
+
+@pytest.mark.parametrize("ownership", [Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER])
+def test_resolve_after_a_restart_finds_the_record(rig: Rig, ownership: Ownership) -> None:
+    record.write(rig.host.record_path, Record(UUID, "vm", INCARNATION, ownership, "/d", SESSION))
+    assert rig.resolve() in (COMMITTED, STARTING, RUNNING)
+    assert rig.resolve("another") == REVOKED
+
+
+@pytest.mark.parametrize("session_id", ["", "../../evil", "/etc/x", "a\0b", "ä", "a" * 65])
+def test_resolve_writes_nothing_for_a_name_that_is_none(rig: Rig, session_id: str) -> None:
+    assert refused(lambda: rig.resolve(session_id)).startswith("BAD_REQUEST")
+
+
+def test_looking_changes_nothing(rig: Rig) -> None:
+    assert rig.state() == 0 and rig.host.decision(SESSION) is None
+    rig.ready()
+    assert rig.state() == READY
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_daemon_that_ends_revokes_what_is_not_committed(rig: Rig, loaded: bool) -> None:
+    (rig.ready if loaded else rig.prepare)()
+    rig.servicer.close()
+    assert rig.state() == REVOKED and rig.host.decision(SESSION) == DECIDED_REVOKED
+
+
+def test_a_daemon_that_ends_leaves_a_machine_that_runs(rig: Rig) -> None:
+    rig.ready()
+    rig.commit()
+    rig.settled()
+    rig.servicer.close()
+    assert rig.state() == RUNNING and not rig.machine.did("shutdown")
+
+
+def test_the_description_is_what_the_source_sent() -> None:
+    """The spec of these tests is a real one."""
+    assert json.loads(to_json(SPEC))["uuid"] == UUID
