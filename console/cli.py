@@ -96,6 +96,16 @@ MachineFile = Annotated[
 ]
 
 
+Devices = Annotated[
+    str | None,
+    typer.Option(metavar="KIND,…", help="Kinds of devices that machines which come here may have; default: all."),
+]
+
+
+def _kinds(devices: str | None) -> dict[str, list[str]]:
+    return {} if devices is None else {"device_kinds": [kind for kind in devices.split(",") if kind]}
+
+
 @app.command()
 def source(listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_dir: StateDir = None) -> int:
     """Run the daemon that machines leave from."""
@@ -105,19 +115,21 @@ def source(listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_d
 
 
 @app.command()
-def destination(listen: Listen = DEFAULT_LISTEN, state_dir: StateDir = None) -> int:
+def destination(listen: Listen = DEFAULT_LISTEN, state_dir: StateDir = None, devices: Devices = None) -> int:
     """Run the daemon that machines arrive at."""
     from destination.daemon import run
 
-    return run(listen, state_dir)
+    return run(listen, state_dir, **_kinds(devices))
 
 
 @app.command()
-def host(listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_dir: StateDir = None) -> int:
+def host(
+    listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_dir: StateDir = None, devices: Devices = None
+) -> int:
     """Run both daemons in one: machines arrive and leave."""
     from console.host import run
 
-    return run(listen, machine, state_dir)
+    return run(listen, machine, state_dir, **_kinds(devices))
 
 
 @app.command()

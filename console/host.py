@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -9,7 +10,7 @@ from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
 
 from common.host.daemon import configure_logs, fail, serve
 from common.host.host import Host, HostError
-from common.machine.config import ConfigError, parse
+from common.machine.config import DEVICE_KINDS, ConfigError, parse
 from destination import service as arrivals
 from destination.service import MigrationServicer
 from source.service import SourceServicer
@@ -17,12 +18,12 @@ from source.service import SourceServicer
 __all__ = ["run"]
 
 
-def run(listen: str, machine: Path | None, state_dir: Path | None) -> int:
+def run(listen: str, machine: Path | None, state_dir: Path | None, device_kinds: Sequence[str] = DEVICE_KINDS) -> int:
     """Serve until a signal; return the exit code."""
     configure_logs()
     try:
         spec = parse(machine) if machine is not None else None
-        host = Host("host", state_dir)
+        host = Host("host", state_dir, device_kinds)
     except (ConfigError, HostError, OSError) as error:
         return fail(str(error))
     outgoing = SourceServicer(host)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 import grpc
@@ -59,10 +60,12 @@ class Arrival:
         self._mapping_sequence = 0
         self._open_streams = 0
         self._active_at = time.monotonic()
+        self._held = ExitStack()
         self._verifier: Verifier | None = None
         self._machine: MachineClient | None = None
         self._devices: dict[str, _Loading] = {}
         self._device_digests: dict[str, Digest] = {}
+        self._applier: Applier | None = None
         self._reading: Future[None] | None = None
         self._paused = False
         self.failure = ""
@@ -73,6 +76,12 @@ class Arrival:
     def prepare(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
         """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING."""
         spec = _describe(request)
+        missing = {device.kind for device in spec.devices} - self._host.device_kinds
+        if missing:
+            kinds = ", ".join(sorted(missing))
+            raise RefusalError(
+                grpc.StatusCode.FAILED_PRECONDITION, "NO_SUCH_DEVICE", f"this host has no device of kind {kinds}"
+            )
         _check_memory(sum(request.data_pages) * PAGE_SIZE)
         directory = self._host.run_directory(self.session_id)
         try:
@@ -81,7 +90,7 @@ class Arrival:
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_BUILD", str(error)) from error
         self._machine = machine
         machine.begin(self.session_id)
-        self._ram = machine.ram(writable=True)
+        self._ram = self._held.enter_context(machine.ram(writable=True))
         for first, count in zip(request.data_first, request.data_pages, strict=True):
             self._ram.populate(first, count)
         self._applier = Applier(self._ram)
@@ -115,6 +124,8 @@ class Arrival:
             raise _bad(f"lane {lane} was not announced")
         for batch in batches:
             self._expect(handover.PREPARING)
+            if self._applier is None:
+                raise _bad("the session is not prepared yet")
             if batch.sequence != self._lane_sequences[lane] + 1:
                 raise _bad(f"lane {lane}: batch {batch.sequence} after {self._lane_sequences[lane]}")
             try:
@@ -204,7 +215,8 @@ class Arrival:
     def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
         if self._verifier is None or self._reading is None:
-            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", "verification was off")
+            why = "verification is off" if self._verify == Verify.VERIFY_MODE_OFF else "nothing has been read back"
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", why)
         if self._verify == Verify.VERIFY_MODE_STRICT:
             self._expect(handover.READY)
             self._device_digests = self._digest_devices()
@@ -213,6 +225,8 @@ class Arrival:
             mismatches = self._verifier.compare(request.chunk_digests)
         except ValueError as error:
             raise _bad(str(error)) from error
+        if self._verify == Verify.VERIFY_MODE_DEFERRED:
+            self._let_go()
         differing, compared = [], []
         for theirs in request.devices:
             ours = self._device_digests.get(theirs.name)
@@ -285,6 +299,8 @@ class Arrival:
         assert self._machine is not None
         self._record(Ownership.OWNER)
         self._host.decide(self.session_id, COMMITTED)
+        if self._verify != Verify.VERIFY_MODE_DEFERRED:
+            self._let_go()
         self._host.end_migration()
         self._host.events.publish(self.session_id, machine_state="paused" if self._paused else "running")
         deadline = time.monotonic() + IDLE_SECONDS
@@ -312,14 +328,21 @@ class Arrival:
     def _take_down(self) -> None:
         self.close()
         if self._machine is not None:
-            self._machine.shutdown()
+            with suppress(RequestError):  # whatever it says: it ends with our connection
+                self._machine.shutdown()
             self._host.remove_run_directory(self.session_id)
 
     def close(self) -> None:
-        """Let go of what verification needed."""
+        """Let go of everything."""
         self._pool.shutdown(wait=False)
-        if self._verifier is not None:
-            self._verifier.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Let go of RAM and of what read it back: nothing is applied or compared after this."""
+        verifier, self._verifier = self._verifier, None
+        if verifier is not None:
+            verifier.close()
+        self._held.close()
 
     # what every call uses
 

@@ -25,6 +25,12 @@ CALL_SECONDS = 20.0
 RETRY_SECONDS = 1.0
 POLL_SECONDS = 0.05
 
+OWNED = (
+    migration_pb2.SESSION_STATE_COMMITTED,
+    migration_pb2.SESSION_STATE_STARTING,
+    migration_pb2.SESSION_STATE_RUNNING,
+)
+
 _log = structlog.get_logger()
 
 
@@ -95,7 +101,11 @@ def _resolve(
             say(f"who owns the machine is not known until the destination answers: {peer_error(error)}")
             ended.wait(RETRY_SECONDS)
             continue
-        return state != migration_pb2.SESSION_STATE_REVOKED
+        if state in OWNED:
+            return True
+        if state == migration_pb2.SESSION_STATE_REVOKED:
+            return False
+        ended.wait(RETRY_SECONDS)
     raise UndecidedError("the daemon ends before the destination has said who owns the machine")
 
 

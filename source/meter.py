@@ -55,8 +55,9 @@ class Meter:
 
     def current_bandwidth(self) -> float:
         """Bytes per second in the last second."""
+        now = time.monotonic()
         with self._lock:
-            if not self._recent:
-                return 0.0
-            span = max(time.monotonic() - self._recent[0][0], ENOUGH_SECONDS)
-            return sum(size for _, size in self._recent) / span
+            recent = [(at, size) for at, size in self._recent if at >= now - SHOWN_SECONDS]
+        if not recent:
+            return 0.0
+        return sum(size for _, size in recent) / max(now - recent[0][0], ENOUGH_SECONDS)

@@ -111,17 +111,29 @@ def _limit_reached(last: RoundFacts, limits: Limits) -> str | None:
 
 
 def _falls_behind(history: Sequence[RoundFacts]) -> bool:
-    """Whether the last rounds each left more dirty than half of what they sent (QEMU: migration_trigger_throttle)."""
+    """Whether each of the last rounds at this throttle left more dirty than half of what it sent.
+
+    QEMU: migration_trigger_throttle, which counts again from 0 after each step.
+    """
     recent = history[-THROTTLE_ROUNDS:]
     return len(recent) == THROTTLE_ROUNDS and all(
-        facts.dirty_bytes > THROTTLE_TRIGGER * facts.sent_bytes for facts in recent
+        facts.dirty_bytes > THROTTLE_TRIGGER * facts.sent_bytes
+        and facts.throttle_percent == recent[-1].throttle_percent
+        for facts in recent
     )
 
 
 def _what_would_help(last: RoundFacts, limits: Limits) -> str:
     if not last.initial_data_loaded and last.expected_downtime_s <= limits.max_downtime_s:
-        return "a device at the destination has not loaded its initial data; a longer --timeout would help"
+        return "a device at the destination has not loaded its initial data; a higher limit would help"
     ways = [f"--max-downtime {_ms_up(last.expected_downtime_s)}"]
+    if last.device_bytes > last.bandwidth * limits.max_downtime_s:
+        return (
+            f"what the devices have to send in the switchover alone takes {_ms(last.device_bytes / last.bandwidth)} "
+            f"at {_rate(last.bandwidth)}; it would converge with {ways[0]} or a faster link"
+            if last.bandwidth > 0
+            else f"nothing could be sent; it would converge with {ways[0]} or a faster link"
+        )
     needed = last.pending_bytes / limits.max_downtime_s if limits.max_downtime_s > 0 else float("inf")
     if last.dirty_rate < last.bandwidth and needed < float("inf"):
         ways.append("more time")

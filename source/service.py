@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from uuid import uuid4
 
@@ -88,8 +89,10 @@ def _check(request: host_pb2.MigrateRequest) -> None:
     wrong = None
     if not (separator and host and port.isdecimal() and 0 < int(port) < 65536):
         wrong = f"destination {request.destination!r} is not HOST:PORT"
-    elif min(request.max_downtime_ms, request.bandwidth_limit, request.timeout_s) < 0:
-        wrong = "limits cannot be negative"
+    elif not all(
+        0 <= limit < math.inf for limit in (request.max_downtime_ms, request.bandwidth_limit, request.timeout_s)
+    ):
+        wrong = "limits must be numbers, and not negative"
     elif request.lanes > MAX_LANES:
         wrong = f"at most {MAX_LANES} lanes"
     if wrong is not None:

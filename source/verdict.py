@@ -42,12 +42,18 @@ def judge_memory(
     `page_digests` reads a chunk of our RAM page by page; `dma_writers` says who could have written a page by DMA.
     """
     pages: list[int] = []
+    chunks = 0
     for mismatch in mismatches:
         theirs = np.frombuffer(mismatch.page_digests, "<u8")
+        if theirs.size != CHUNK_PAGES or mismatch.chunk >= layout.pages // CHUNK_PAGES:
+            raise DataLossError(f"the destination reports a difference in chunk {mismatch.chunk}, and no pages for it")
         differ = np.flatnonzero(page_digests(mismatch.chunk) != theirs)
         pages += (mismatch.chunk * CHUNK_PAGES + differ).tolist()
-    if not pages:
+        chunks += 1
+    if not chunks:
         return
+    if not pages:
+        raise DataLossError(f"{chunks} chunks of 2 MiB differed at the destination, whose pages agree by now")
     result.mismatched_pages = len(pages)
     result.mismatches.extend(
         host_pb2.PageMismatch(
@@ -82,11 +88,15 @@ def judge_devices(response: migration_pb2.VerifyResponse, result: host_pb2.Migra
     result.verified = "true" if all_compared else "transport"
 
 
-def check_unchanged(stopped: Digests, later: Digests) -> None:
-    """Compare two readings of RAM that should have stood still; raise `DataLossError` if it did not."""
+def check_unchanged(stopped: Digests, later: Digests, late_writes: Callable[[int, int], list[str]]) -> None:
+    """Compare two readings of RAM that should have stood still; raise `DataLossError` if it did not.
+
+    `late_writes` says what is known of the writes to so many pages from a first one.
+    """
     changed = np.flatnonzero(stopped != later)
     if changed.size:
         raise DataLossError(
             f"{changed.size} chunks of 2 MiB of the stopped machine's RAM changed after the last transfer, "
-            f"the first is chunk {changed[0]}: a device wrote after it was stopped"
+            f"the first is chunk {changed[0]}: it was written after the machine was stopped"
+            + "".join(f"; {line}" for line in late_writes(int(changed[0]) * CHUNK_PAGES, CHUNK_PAGES))
         )

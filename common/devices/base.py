@@ -15,10 +15,12 @@ import struct
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
 
+from common import hooks
 from common.datasheets import pci
 from common.devices.dma import DmaFault, DmaPort, DmaStalled
 from common.devices.engine import Engine
@@ -30,6 +32,7 @@ from common.devices.pci import CONFIG_SIZE, Bar, ConfigSpace
 from common.devices.registers import RegisterBlock
 from common.devices.ring import Ring
 from common.devices.stream import DeviceMemory
+from common.memory.write_journal import WriteJournal
 from common.vfio.dirty_log import DirtyLog
 from common.vfio.feature import Buffer, PrecopyInfo, Range
 from common.vfio.migration import DeviceState, MigrationFlags
@@ -98,13 +101,14 @@ class EmulatedDevice(ABC):
         self._iommu = DirtyLog()
         self.dma = DmaPort(self._mappings, self._log, self._iommu, f"{name}-dma-written")
         self.dma.logging = "unlogged" not in knobs.faults
+        self.dma.journal = WriteJournal() if knobs.trace else None
         self._ring = Ring(self.registers, self.dma, self.ENTRY, self.COMPLETION)
         self._engine = Engine(name, self._step)
         self._doorbell_is_shared = False
         self._migration = Migration(self, _IDENTITY.pack(magic, self.STATE_VERSION, geometry), self.memory, knobs)
         self.migration_flags: MigrationFlags = knobs.flags
         self.dma_logging: bool = knobs.dma_logging
-        self.extension = Extension(p2p=bool(knobs.flags & MigrationFlags.P2P), iommu_dirty=True)
+        self.extension = Extension(p2p=bool(knobs.flags & MigrationFlags.P2P), iommu_dirty=True, trace=knobs.trace)
         self._faults = OneTimeFaults(knobs.faults)
 
     # What a kind adds.
@@ -232,7 +236,7 @@ class EmulatedDevice(ABC):
         With `page_size` return what the logs that run have of the range, and clear it; OSError as `Mappings.remove` and
         `DirtyLog.report`, with nothing unmapped. An IOMMU keeps its bits in the page table: they go with the mapping.
         """
-        with self._engine.lock:
+        with self._engine.lock if hooks.guarded("mark-after-unmap") else nullcontext():
             self._mappings.check(iova, size)
             bitmap = None
             if page_size is not None:
@@ -280,6 +284,14 @@ class EmulatedDevice(ABC):
         """Return and clear the bits of a range (see `DirtyLog.report`)."""
         with self._engine.lock:
             return self._iommu.report(iova, length, page_size)
+
+    def write_journal(self, iova: int, length: int, limit: int) -> bytes:
+        """Return the newest `limit` rows of the journal of a range, oldest first."""
+        if self.dma.journal is None:
+            return b""
+        first, end = iova // PAGE_SIZE, -(-(iova + length) // PAGE_SIZE)
+        with self._engine.lock:
+            return self.dma.journal.of(first, end - first, limit).tobytes()
 
     # Migration.
 
@@ -346,7 +358,7 @@ class EmulatedDevice(ABC):
         self._engine.wake()
 
     def _step(self, now: float) -> float | None:
-        if not self._migration.running:
+        if not self._migration.running and hooks.guarded("late-dma"):
             return None
         if self._engine.take_ring():
             self._ring.attention = True

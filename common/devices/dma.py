@@ -7,7 +7,8 @@ data. A write that reached its end in part is marked whole: unknown is dirty.
 from __future__ import annotations
 
 from common import hooks
-from common.devices.mappings import Mappings
+from common.devices.mappings import PAGE_SIZE, Mappings
+from common.memory.write_journal import WriteJournal
 from common.vfio.dirty_log import DirtyLog
 from common.vfio.feature import Buffer
 from common.vfio_user.server import MessageDma
@@ -29,6 +30,7 @@ class DmaPort:
     `bus_master`: whether the device may do DMA at all. `peers`: whether messages may be sent (not in the P2P states).
     `logging`: False makes the device's own log forget its writes, which is a fault that a test injects. `iommu` holds
     the dirty bits of the IOMMU that the port plays: it sees every write that goes through it, whatever the device does.
+    `journal` has every write too, by IOVA, if it is kept.
     """
 
     def __init__(self, mappings: Mappings, log: DirtyLog, iommu: DirtyLog, hook: str) -> None:
@@ -36,6 +38,7 @@ class DmaPort:
         self.peers = True
         self.logging = True
         self.messages: MessageDma | None = None
+        self.journal: WriteJournal | None = None
         self._mappings = mappings
         self._log = log
         self._iommu = iommu
@@ -71,8 +74,12 @@ class DmaPort:
         mapping = self._mappings.find(iova)
         if mapping is not None and mapping.view is not None and mapping.writable and iova + count <= mapping.end:
             start = iova - mapping.iova
-            mapping.view[start : start + count] = data
-            self._mark(iova, count)
+            if hooks.guarded("report-before-data"):
+                mapping.view[start : start + count] = data
+                self._mark(iova, count)
+            else:
+                self._mark(iova, count)
+                mapping.view[start : start + count] = data
             return
         source = memoryview(data)
         done = 0
@@ -93,6 +100,9 @@ class DmaPort:
         if self.logging:
             self._log.mark(iova, count)
         self._iommu.mark(iova, count)
+        if self.journal is not None:
+            first = iova // PAGE_SIZE
+            self.journal.note(first, (iova + count - 1) // PAGE_SIZE - first + 1)
 
     def _by_message(self) -> MessageDma:
         if self.messages is None:

@@ -90,7 +90,7 @@ class Engine:
         listening.register(self._wake, select.POLLIN)
         listening.register(self.doorbell, select.POLLIN)
         while not self._closing:
-            with self.lock:
+            with self.lock if hooks.guarded("report-before-data") else contextlib.nullcontext():
                 delay = self._step(time.monotonic())
                 poll = listening if self.listening else quiet
             ready = poll.poll(None if delay is None else delay * 1000)

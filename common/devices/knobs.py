@@ -26,7 +26,7 @@ class Knobs:
     `log_max_bits`, `log_max_ranges`, `log_page_sizes` (bytes): limits of the DMA log. `load_delay_ms`: what leaving
     RESUMING takes longer than it must. `faults`: "unlogged" (the device forgets to log its DMA), "fail_load" (refuses
     whatever it is given to load), "fail:STATE" (fails once, with EIO, to enter that state), "fail_logging_start" and
-    "fail_logging_report" (fails once, with EIO, to start or report its log).
+    "fail_logging_report" (fails once, with EIO, to start or report its log). `trace`: keeps a journal of its writes.
     """
 
     KIND_FLAGS: ClassVar[MigrationFlags] = MigrationFlags(0)
@@ -38,6 +38,7 @@ class Knobs:
     log_page_sizes: tuple[int, ...] = (4096,)
     load_delay_ms: int = 0
     faults: tuple[str, ...] = ()
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if self.flags not in _LEGAL_FLAGS:

@@ -15,6 +15,7 @@ from typing import Any
 from common.guest.boot import parse
 from common.guest.vcpu import Vcpu
 from common.ipc.channel import ClosedError, Handler, Message, RequestError, answer_one, receive
+from common.memory.bitmap import pack
 from common.memory.write_journal import WriteJournal
 
 __all__ = ["serve_vcpu"]
@@ -77,7 +78,7 @@ def _handlers(vcpu: Vcpu) -> dict[str, Handler]:
         vcpu.memory.stop_log()
 
     def dirty_log(_: Message) -> Message:
-        return Message(payload=vcpu.memory.take_log().tobytes())
+        return Message(payload=pack(vcpu.memory.take_log()))
 
     def journal_start(_: Message) -> None:
         vcpu.memory.journal = WriteJournal()

@@ -38,13 +38,16 @@ class Events:
                 self._past = []
             self._past.append(message)
             for watcher, wanted in self._watchers.items():
-                if wanted in ("", session_id) and watcher.qsize() < QUEUE_LIMIT:
+                # A watcher that does not keep up misses progress, but nothing else.
+                behind = watcher.qsize() >= QUEUE_LIMIT
+                if wanted in ("", session_id) and not (behind and message.HasField("progress")):
                     watcher.put(message)
 
-    def watch(self, session_id: str, *, on_end: Callable[[Callable[[], None]], object]) -> Iterator[Event]:
+    def watch(self, session_id: str, *, on_end: Callable[[Callable[[], None]], bool]) -> Iterator[Event]:
         """Yield events until the session's result, or without end for all sessions.
 
-        `on_end` is given a function that ends the iteration, to be called when the watcher has gone away.
+        `on_end` is given a function that ends the iteration, to be called when the watcher has gone away; it returns
+        False if that has happened already.
         """
         watcher: queue.Queue[Event | None] = queue.Queue()
         with self._lock:
@@ -52,8 +55,9 @@ class Events:
                 if session_id and event.session_id == session_id:
                     watcher.put(event)
             self._watchers[watcher] = session_id
-        on_end(lambda: watcher.put(None))
         try:
+            if not on_end(lambda: watcher.put(None)):
+                return
             while (event_or_end := watcher.get()) is not None:
                 yield event_or_end
                 if session_id and event_or_end.HasField("result"):

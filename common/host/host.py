@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import structlog
 from common.host.events import Events
 from common.machine import record
 from common.machine.client import MachineClient
-from common.machine.config import MachineSpec
+from common.machine.config import DEVICE_KINDS, MachineSpec
 from common.machine.launch import launch
 from common.machine.record import Ownership, Record
 from common.rpc.errors import RefusalError
@@ -44,15 +44,22 @@ def default_state_dir(role: str) -> Path:
 class Host:
     """What a daemon holds. `role` is "source", "destination" or "host"."""
 
-    def __init__(self, role: str, state_dir: Path | None) -> None:
-        """Take the state directory; raise HostError if another daemon has it."""
+    def __init__(self, role: str, state_dir: Path | None, device_kinds: Sequence[str] = DEVICE_KINDS) -> None:
+        """Take the state directory; raise HostError if another daemon has it.
+
+        `device_kinds` are the emulated devices that machines which come here may have.
+        """
+        if unknown := set(device_kinds) - set(DEVICE_KINDS):
+            raise HostError(f"no such device: {', '.join(sorted(unknown))}; there are: {', '.join(DEVICE_KINDS)}")
         self.role = role
+        self.device_kinds = frozenset(device_kinds)
         self.directory = (state_dir or default_state_dir(role)).absolute()
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_file = (self.directory / "lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock_file.close()
             raise HostError(f"{self.directory} is in use by another daemon; choose another --state-dir") from None
         self.events = Events()
         self.machine: MachineClient | None = None

@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from common.hooks import guarded
 from common.iommu.device import DMA_READ, DMA_WRITE, DmaDevice, Memory, PeerBars
 from common.iommu.dma_log import DmaLog, device_error, fits
 from common.iommu.history import MappingHistory
@@ -79,7 +80,7 @@ class Container:
             raise ValueError(f"{name}: traits do not belong to the devices")
         self.name = name
         self.turn = turn or Turn()
-        self.method: Method = choose(traits)
+        self.method: Method = choose(traits if guarded("untracked-device") else [t for t in traits if t.dma_logging])
         self._ram = ram
         self._devices = tuple(devices)
         self._viommu = viommu
@@ -189,7 +190,7 @@ class Container:
         with self._tree_lock:
             self._tree.remove(iova, size)
         if tracker is not None:
-            if counts:
+            if counts and guarded("unmap-in-precopy"):
                 tracker.collect(mapping, words)
             tracker.mark_neighbours(mapping)
         if failure is not None and counts:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from common import hooks
 from common.iommu.iova_tree import MappingArrays
 from common.memory import runs
 from common.memory.bitmap import DirtyBitmap, pages_of
@@ -49,7 +50,7 @@ def dirty_ram_pages(words: NDArray[np.uint64], base_iova: int, page_size: int, a
     found: list[NDArray[np.int64]] = []
     bar_hits = unmapped = 0
     first_pages = arrays.starts // PAGE_SIZE
-    end_pages = arrays.ends // PAGE_SIZE
+    end_pages = arrays.ends // PAGE_SIZE - (not hooks.guarded("last-page-of-slot"))
     for at in range(0, len(words), step):
         iova_pages = (pages_of(words[at : at + step]) + at * 64) * factor + base_iova // PAGE_SIZE
         if not len(iova_pages):

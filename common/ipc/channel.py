@@ -36,7 +36,7 @@ Buffer = bytes | bytearray | memoryview
 _PREFIX = struct.Struct("<II")
 MAX_HEADER = 16 << 20
 MAX_PAYLOAD = 256 << 20
-MAX_FDS = 64
+MAX_FDS = 253  # what the kernel takes in one message (SCM_MAX_FD)
 
 
 class ClosedError(ConnectionError):
@@ -68,7 +68,9 @@ Handler = Callable[[Message], Message | Mapping[str, Any] | None]
 
 
 def send(sock: socket.socket, header: Mapping[str, Any], payload: Buffer = b"", fds: Sequence[int] = ()) -> None:
-    """Send one message; raise `ClosedError` if the other side is gone."""
+    """Send one message; raise `ClosedError` if the other side is gone, ValueError for too many descriptors."""
+    if len(fds) > MAX_FDS:
+        raise ValueError(f"{len(fds)} descriptors in one message, at most {MAX_FDS} are possible")
     encoded = json.dumps(header, separators=(",", ":")).encode()
     body = memoryview(payload).cast("B")
     first = _PREFIX.pack(len(encoded), len(body)) + encoded
@@ -86,34 +88,39 @@ def send(sock: socket.socket, header: Mapping[str, Any], payload: Buffer = b"", 
 
 def receive(sock: socket.socket) -> Message:
     """Receive one message; raise `ClosedError` at its end and `ValueError` if what comes is no message."""
-    prefix, fds = _receive_prefix(sock)
+    fds: list[int] = []
     try:
-        header_size, payload_size = _PREFIX.unpack(prefix)
+        header_size, payload_size = _PREFIX.unpack(_receive_prefix(sock, fds))
         if header_size > MAX_HEADER or payload_size > MAX_PAYLOAD:
             raise ValueError(f"message of {header_size} + {payload_size} bytes exceeds the limit")
         header = json.loads(bytes(_receive_exactly(sock, header_size)))
         if not isinstance(header, dict):
-            raise TypeError("header is not an object")
+            raise ValueError("header is not an object")  # noqa: TRY004  # one error for all that is no message
         return Message(header, _receive_exactly(sock, payload_size) if payload_size else b"", fds)
     except BaseException:
-        for fd in fds:
-            os.close(fd)
+        _close(fds)
         raise
 
 
-def _receive_prefix(sock: socket.socket) -> tuple[bytes, list[int]]:
+def _receive_prefix(sock: socket.socket, fds: list[int]) -> bytes:
     data = b""
-    fds: list[int] = []
     while len(data) < _PREFIX.size:
         try:
-            chunk, rights, _, _ = socket.recv_fds(sock, _PREFIX.size - len(data), MAX_FDS)
+            chunk, rights, flags, _ = socket.recv_fds(sock, _PREFIX.size - len(data), MAX_FDS)
         except ConnectionResetError as error:
             raise ClosedError("the other side has closed the connection") from error
         fds += rights
+        if flags & socket.MSG_CTRUNC:
+            raise ValueError("not all descriptors of a message have arrived")
         if not chunk:
             raise ClosedError("the other side has closed the connection")
         data += chunk
-    return data, fds
+    return data
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _receive_exactly(sock: socket.socket, size: int) -> memoryview:
@@ -156,8 +163,13 @@ class Client:
         timeout (the connection is of no use then).
         """
         with self._lock:
-            send(self._sock, {"method": method, "params": params}, payload, fds)
-            reply = receive(self._sock)
+            try:
+                send(self._sock, {"method": method, "params": params}, payload, fds)
+                reply = receive(self._sock)
+            except OSError as error:
+                if self._sock.fileno() >= 0 or isinstance(error, ClosedError):
+                    raise
+                raise ClosedError("the connection was closed here") from error
         if "error" in reply.header:
             raise RequestError(reply["error"]["reason"], reply["error"]["message"])
         reply.header = reply.header.get("result", {})
@@ -196,6 +208,7 @@ def answer_one(sock: socket.socket, request: Message, handlers: Mapping[str, Han
     try:
         handler = handlers.get(method)
         if handler is None:
+            _close(request.fds)
             raise RequestError("ENOSYS", f"no such request: {method}")
         result = handler(request)
     except RequestError as error:

@@ -21,7 +21,7 @@ from common.ipc.channel import Buffer, Client, ClosedError
 from common.machine.config import MachineSpec, from_json
 from common.machine.device import Digest, Pending
 from common.machine.record import Ownership
-from common.memory.bitmap import from_bytes, words_for
+from common.memory.bitmap import union, unpack
 from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
 
@@ -80,12 +80,12 @@ class Tracking:
 class SyncReport:
     """One collection of all dirty logs: who reported what, as bitmaps of RAM pages."""
 
+    pages: int
     sources: dict[str, Words]
 
     def union(self) -> Words:
         """Return what anyone reported."""
-        union: Words = np.bitwise_or.reduce(list(self.sources.values()))
-        return union
+        return union(self.sources.values(), self.pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,15 +230,11 @@ class MachineClient:
     def sync(self) -> SyncReport:
         """Collect the logs of vCPUs and devices, reading and clearing them."""
         reply = self._client.call("sync")
-        pages = reply["pages"]
-        size = words_for(pages) * 8
         view = memoryview(reply.payload)
-        return SyncReport(
-            {
-                name: from_bytes(view[index * size : (index + 1) * size], pages)
-                for index, name in enumerate(reply["sources"])
-            }
-        )
+        sources = {}
+        for name, size in reply["sources"].items():
+            sources[name], view = unpack(view[:size], reply["pages"]), view[size:]
+        return SyncReport(reply["pages"], sources)
 
     def throttle(self, percent: int) -> None:
         """Slow the vCPUs down."""
@@ -278,6 +274,11 @@ class MachineClient:
         """Return who could have written a page of RAM by DMA, and when."""
         writers: list[str] = self._client.call("explain", page=page)["writers"]
         return writers
+
+    def late_writes(self, first: int, pages: int) -> list[str]:
+        """Return who wrote to RAM pages after the machine was stopped, as far as journals are kept."""
+        writes: list[str] = self._client.call("late_writes", first=first, pages=pages)["writes"]
+        return writes
 
     def end(self) -> None:
         """End the migration here: logging off, devices and vCPUs running again if they ran when it began."""

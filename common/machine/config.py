@@ -38,6 +38,7 @@ from common.machine.toml_lines import Path, key_lines, line_of
 from common.memory.layout import LOW_END, PAGE_SIZE
 
 __all__ = [
+    "DEVICE_KINDS",
     "ConfigError",
     "DeviceSpec",
     "MachineSpec",
@@ -88,6 +89,7 @@ _DEVICE_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
         **_COMMON_KNOBS,
     },
 }
+DEVICE_KINDS = tuple(_DEVICE_KNOBS)
 _PROGRAM_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
     "idle": {},
     "writer": {

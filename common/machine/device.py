@@ -201,14 +201,15 @@ def _drain(eventfds: Sequence[int]) -> tuple[int, ...]:
     return tuple(signalled)
 
 
-def start_device(spec: DeviceSpec, directory: Path) -> tuple[Path, subprocess.Popen[bytes]]:
+def start_device(spec: DeviceSpec, directory: Path, *, trace: bool) -> tuple[Path, subprocess.Popen[bytes]]:
     """Start the process of an emulated device; return the socket that it will listen on."""
+    knobs = {**spec.knobs, "trace": True} if trace else spec.knobs
     path = directory / f"{spec.name}.sock"
     with (directory / f"{spec.name}.log").open("ab") as log:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "common.devices", spec.kind),
-                *("--name", spec.name, "--socket", str(path), "--knobs", json.dumps(spec.knobs)),
+                *("--name", spec.name, "--socket", str(path), "--knobs", json.dumps(knobs)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -52,7 +52,7 @@ class Machine:
         self.pending: dict[str, Pending] = {}
         self._closing = False
         self.ram = GuestRam.create(spec.ram_size)
-        started = [(device, *start_device(device, directory)) for device in spec.devices]
+        started = [(device, *start_device(device, directory, trace=spec.trace)) for device in spec.devices]
         self.vcpus = Vcpus(self.ram, directory, traps(self))
         if not incoming and spec.images:
             start_page = self.ram.layout.offset_of(image_start(len(spec.programs)), PAGE_SIZE) // PAGE_SIZE
@@ -138,6 +138,8 @@ class Machine:
             for index, program in enumerate(self.spec.programs)
         ]
         self.vcpus.attach({"programs": programs, "devices": devices, "fresh": fresh}, fds)
+        if self.spec.trace:
+            self.vcpus.start_journal()
         if self.viommu is None and fresh:
             for container in self.containers.values():
                 for segment in self.ram.layout.segments:

@@ -6,14 +6,19 @@ a daemon begins one and undone by `end`, on demand or because the daemon has gon
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
 
 from common.iommu.container import Container
 from common.machine.device import Pending
 from common.machine.machine import Machine
 from common.memory.bitmap import DirtyBitmap, Words
+from common.memory.layout import PAGE_SIZE
+from common.memory.write_journal import JOURNAL_ROW, Rows
 from common.vfio.feature import PrecopyInfo
 from common.vfio.migration import DeviceState, MigrationFlags
 
@@ -21,6 +26,7 @@ __all__ = ["VCPU", "Arriving", "Leaving"]
 
 VCPU = "vCPU"  # beside names of containers, which have no capitals
 PRECOPY_STATES = (DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
+LATE_WRITES = 8  # that are told
 
 
 class Leaving:
@@ -31,6 +37,8 @@ class Leaving:
         self.running = machine.state == "running"
         self._dirty: dict[str, DirtyBitmap] = {}
         self._stopped = False
+        self._tracked_since_ns = 0
+        self._stopped_since_ns = 0
         for container in machine.containers.values():
             container.begin_delta()
 
@@ -41,6 +49,7 @@ class Leaving:
             container.start_tracking(dirty)
             self._dirty[container.name] = dirty
         self._machine.vcpus.start_dirty_log()
+        self._tracked_since_ns = time.monotonic_ns()
         return [
             (container, info.kind, info.reason)
             for container in self._machine.containers.values()
@@ -85,6 +94,7 @@ class Leaving:
         self._machine.quiesce()
         self._machine.enter_all(DeviceState.STOP_COPY, recover=DeviceState.STOP)
         self._stopped = True
+        self._stopped_since_ns = time.monotonic_ns()
 
     def rest(self) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Pending]]:
         """Return vCPU state, config spaces, and what was pending, which is taken out of the eventfds."""
@@ -95,8 +105,11 @@ class Leaving:
         return self._machine.vcpus.state_out(), configs, pending
 
     def could_have_written(self, page: int) -> list[str]:
-        """Return who could have written a page by DMA while it was tracked, and how that was tracked."""
-        writers = []
+        """Return who could have written a page by DMA while it was tracked, and how that was tracked.
+
+        Where journals are kept, those who did write it come first.
+        """
+        writers = self._have_written(page) if self._machine.spec.trace else []
         for container in self._machine.containers.values():
             for exposure in container.could_have_written(page):
                 since = "before the migration" if exposure.since is None else f"{exposure.since:.3f} s"
@@ -106,6 +119,56 @@ class Leaving:
                     f"tracked by method {container.method.kind}"
                 )
         return writers
+
+    def _have_written(self, page: int) -> list[str]:
+        """Return what the journals say of a page since tracking began."""
+        times: dict[str, list[tuple[int, str]]] = {}
+        for at in self._machine.vcpus.journal(page, 1)["time_ns"].tolist():
+            times.setdefault("vcpu", []).append((at, ""))
+        for container in self._machine.containers.values():
+            for device, iova, since, until in container.could_have_written(page):
+                low = 0 if since is None else int(since * 1e9)
+                high = time.monotonic_ns() if until is None else int(until * 1e9)
+                for at in self._journal(device, iova, PAGE_SIZE)["time_ns"].tolist():
+                    if low <= at <= high:
+                        times.setdefault(device, []).append((at, f" through IOVA {iova:#x}"))
+        lines = []
+        for name, written in times.items():
+            tracked = [item for item in written if item[0] >= self._tracked_since_ns]
+            if tracked:
+                at, way = max(tracked)
+                plural = "s" if len(tracked) > 1 else ""
+                lines.append(f"{name} wrote it {len(tracked)} time{plural}, last at {at / 1e9:.3f} s{way}")
+        return lines or ["no vCPU or device has written it since the migration began"]
+
+    def late_writes(self, first: int, pages: int) -> list[str]:
+        """Return what the journals say was written to RAM pages after the machine was stopped, oldest first."""
+        if not self._machine.spec.trace:
+            return []
+        late = [(at, "vcpu", page, "") for page, at in self._machine.vcpus.journal(first, pages).tolist()]
+        for container in self._machine.containers.values():
+            for mapping in container.mappings:
+                low, high = max(first, mapping.ram_page), min(first + pages, mapping.ram_page + mapping.pages)
+                if mapping.ram_page < 0 or low >= high:
+                    continue
+                iova = mapping.iova + (low - mapping.ram_page) * PAGE_SIZE
+                for device in self._machine.devices.values():
+                    if device.spec.container == container.name:
+                        for number, at in self._journal(device.name, iova, (high - low) * PAGE_SIZE).tolist():
+                            page = low + number - iova // PAGE_SIZE
+                            late.append((at, device.name, page, f" through IOVA {number * PAGE_SIZE:#x}"))
+        return [
+            f"{name} wrote page {page} {(at - self._stopped_since_ns) / 1e6:.0f} ms after the machine was stopped{way}"
+            for at, name, page, way in sorted(late)
+            if at > self._stopped_since_ns
+        ][:LATE_WRITES]
+
+    def _journal(self, device: str, iova: int, size: int) -> Rows:
+        try:
+            return self._machine.devices[device].client.write_journal(iova, size)
+        except OSError:
+            # It is gone, and what it wrote is known to nobody; the rest is worth telling.
+            return np.empty(0, JOURNAL_ROW)
 
     def end(self) -> None:
         """Undo everything: logs off, devices and vCPUs as they were, what was drained signalled again (contract M9)."""

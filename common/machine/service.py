@@ -26,6 +26,7 @@ from common.machine.device import Pending
 from common.machine.machine import Machine
 from common.machine.moving import Arriving, Leaving
 from common.machine.record import Ownership, Record
+from common.memory.bitmap import pack
 from common.vfio.migration import DeviceState
 
 __all__ = ["MachineService"]
@@ -155,7 +156,15 @@ class _Connection:
             ),
             *(self.shutdown, self.begin, self.start_tracking, self.enter_precopy, self.read_device, self.sizes),
             *(self.mapping_changes, self.sync, self.throttle, self.pause_vcpus, self.quiesce, self.leave_stop_copy),
-            *(self.rest, self.digest, self.explain, self.end, self.enter_resuming, self.change_mappings),
+            *(
+                self.rest,
+                self.digest,
+                self.explain,
+                self.late_writes,
+                self.end,
+                self.enter_resuming,
+                self.change_mappings,
+            ),
             *(self.write_device, self.load, self.take_over),
         ]
         return {handler.__name__: handler for handler in asked}
@@ -250,10 +259,9 @@ class _Connection:
 
     def sync(self, _: Message) -> Message:
         collected = self._leaving().sync()
-        return Message(
-            {"pages": self._machine.ram.layout.pages, "sources": list(collected)},
-            b"".join(words.tobytes() for words in collected.values()),
-        )
+        packed = {name: pack(words) for name, words in collected.items()}
+        sources = {name: len(data) for name, data in packed.items()}
+        return Message({"pages": self._machine.ram.layout.pages, "sources": sources}, b"".join(packed.values()))
 
     def throttle(self, request: Message) -> None:
         self._machine.vcpus.throttle(request["percent"])
@@ -285,6 +293,9 @@ class _Connection:
 
     def explain(self, request: Message) -> dict[str, Any]:
         return {"writers": self._leaving().could_have_written(request["page"])}
+
+    def late_writes(self, request: Message) -> dict[str, Any]:
+        return {"writes": self._leaving().late_writes(request["first"], request["pages"])}
 
     def end(self, _: Message) -> None:
         self.holds_migration = False

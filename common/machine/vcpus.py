@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.ipc.channel import Client, Handler, serve
-from common.memory.bitmap import from_bytes
+from common.memory.bitmap import unpack
 from common.memory.ram import GuestRam
 from common.memory.write_journal import JOURNAL_ROW, Rows
 
@@ -78,7 +78,7 @@ class Vcpus:
 
     def dirty_log(self) -> npt.NDArray[np.uint64]:
         """Take the log: read and clear, answered by the loop that marks (as KVM_GET_DIRTY_LOG)."""
-        return from_bytes(self._control.call("dirty_log").payload, self._pages)
+        return unpack(self._control.call("dirty_log").payload, self._pages)
 
     def start_journal(self) -> None:
         """Keep a journal of what it writes, from now on."""

@@ -13,7 +13,9 @@ sent twice; the other way round it would be lost.
 
 from __future__ import annotations
 
+import struct
 import threading
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +29,13 @@ __all__ = [
     "empty",
     "from_bytes",
     "full",
+    "pack",
     "pages_of",
     "runs_of",
     "set_pages",
     "set_range",
+    "union",
+    "unpack",
     "words_for",
 ]
 
@@ -38,6 +43,7 @@ Words = npt.NDArray[np.uint64]
 _ONES = 0xFFFF_FFFF_FFFF_FFFF
 # Words that are looked at together: 256 KiB, so that every pass but the first finds them in the cache.
 _BLOCK = 1 << 15
+_PACKED = struct.Struct("<QQ")  # words of the bitmap, words that follow
 
 
 def words_for(pages: int) -> int:
@@ -69,6 +75,60 @@ def from_bytes(data: bytes | bytearray | memoryview, pages: int) -> Words:
     words = np.frombuffer(view, "<u8").astype(np.uint64)
     _check_tail(words, pages)
     return words
+
+
+def pack(words: Words) -> bytes:
+    """Return a bitmap as bytes that are few if few bits are set: a log of 1 TiB has 32 MiB, nearly all of it zeros.
+
+    The number of its words and the number of those that follow as `<QQ`, these words as `<u8`, and their positions as
+    `<u4`; without positions if that is all of them, which it is where positions would save nothing.
+    """
+    used = _used(words)
+    if 3 * used.size >= 2 * words.size:
+        return _PACKED.pack(words.size, words.size) + words.tobytes()
+    return _PACKED.pack(words.size, used.size) + words[used].tobytes() + used.astype("<u4").tobytes()
+
+
+def unpack(data: bytes | bytearray | memoryview, pages: int) -> Words:
+    """Return the bitmap that was packed; `ValueError` unless it is one of `pages` pages."""
+    view = memoryview(data)
+    if view.nbytes < _PACKED.size:
+        raise ValueError(f"a packed bitmap of {view.nbytes} bytes")
+    total, given = _PACKED.unpack_from(view)
+    if total != words_for(pages):
+        raise ValueError(f"a bitmap of {pages} pages has {words_for(pages)} words, not {total}")
+    if given == total:
+        return from_bytes(view[_PACKED.size :], pages)
+    if given > total or view.nbytes != _PACKED.size + 12 * given:
+        raise ValueError(f"{given} words of a packed bitmap in {view.nbytes} bytes")
+    positions = np.frombuffer(view, "<u4", given, _PACKED.size + 8 * given)
+    if given and (int(positions[-1]) >= total or (positions[1:] <= positions[:-1]).any()):
+        raise ValueError("the words of a packed bitmap are not in order")
+    words = empty(pages)
+    words[positions] = np.frombuffer(view, "<u8", given, _PACKED.size)
+    _check_tail(words, pages)
+    return words
+
+
+def union(bitmaps: Iterable[Words], pages: int) -> Words:
+    """Return the pages of any of these bitmaps of `pages` pages, in time for reading them, not for writing as much."""
+    merged = empty(pages)
+    for words in bitmaps:
+        for base in range(0, words.size, _BLOCK):
+            block = words[base : base + _BLOCK]
+            if block.any():
+                merged[base : base + _BLOCK] |= block
+    return merged
+
+
+def _used(words: Words) -> npt.NDArray[np.int64]:
+    """Return the positions of the words that are not zero."""
+    found = [np.empty(0, np.int64)]
+    for base in range(0, words.size, _BLOCK):
+        block = words[base : base + _BLOCK]
+        if block.any():
+            found.append(np.flatnonzero(block) + base)
+    return np.concatenate(found)
 
 
 def _check_tail(words: Words, pages: int) -> None:

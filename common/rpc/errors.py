@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -58,11 +59,9 @@ def peer_error(error: grpc.RpcError) -> PeerError:
     """Return what a failed call means."""
     code: grpc.StatusCode = error.code()
     text = str(error.details() or code.name)
-    status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None
-    for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN:
-            return PeerError(info.reason, text, code)
+    reason = _reason_of(error)
+    if reason is not None:
+        return PeerError(reason, _first_line(text), code)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return PeerError("NOT_SWITCHOVER", "what answers there is not a Switchover daemon that can do this", code)
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -70,6 +69,18 @@ def peer_error(error: grpc.RpcError) -> PeerError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return PeerError("NO_ANSWER", "has not answered in time", code)
     return PeerError(code.name, _first_line(text), code)
+
+
+def _reason_of(error: grpc.RpcError) -> str | None:
+    try:
+        status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None
+        for detail in status.details if status is not None else ():
+            info = error_details_pb2.ErrorInfo()
+            if detail.Unpack(info) and info.domain == DOMAIN:
+                return str(info.reason)
+    except (DecodeError, ValueError):
+        pass  # whoever answers so is none of ours: what the status itself says must do
+    return None
 
 
 def _first_line(text: str) -> str:

@@ -29,6 +29,7 @@ class Extension:
     states. `report_ranges`: it logs the ranges of START only, and REPORT takes any part of them, at any page size.
     `comparable_dump`: equal states give equal STOP_COPY data. `iommu_dirty`: it plays the IOMMU in front of the device,
     which keeps dirty bits apart from the device's own log (codec.IOMMU_DIRTY_START and the two after it).
+    `trace`: it keeps a journal of its writes (codec.WRITE_JOURNAL).
     """
 
     precopy_info: bool = True
@@ -37,6 +38,7 @@ class Extension:
     report_ranges: bool = True
     comparable_dump: bool = True
     iommu_dirty: bool = False
+    trace: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the value of the capability."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Final, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from common.memory.write_journal import JOURNAL_ROW, Rows
 from common.vfio import feature as vfio
 from common.vfio.feature import Buffer, DeviceFeature, LoggingReport, LoggingStart, PrecopyInfo, Range
 from common.vfio.migration import PRECOPY_STATES, DeviceState, MigrationFlags
@@ -41,6 +43,7 @@ __all__ = ["DeviceError", "VfioUserClient"]
 _MAX_MSG_FDS: Final = 16
 _MINOR: Final = 2
 _MAX_DESCRIBED: Final = 256  # regions, interrupts
+_JOURNAL_ROOM: Final = 1 << 20  # bytes of the answer
 
 # libvfio-user reads a body with one recv, and takes what did not fit into one socket buffer for the next header. Bodies
 # up to this size, in bytes, have never been split.
@@ -304,6 +307,15 @@ class VfioUserClient:
         """
         return self._report("logging report", DeviceFeature.DMA_LOGGING_REPORT, LoggingReport(iova, length, page_size))
 
+    def write_journal(self, iova: int, length: int) -> Rows:
+        """Return what the device wrote to a range, by IOVA, oldest first; nothing if it keeps no journal."""
+        if self.extension is None or not self.extension.trace:
+            return np.empty(0, JOURNAL_ROW)
+        query = struct.pack("<QQ", iova, length)
+        return self._get(
+            "write journal", codec.WRITE_JOURNAL, _JOURNAL_ROOM, lambda rows: np.frombuffer(rows, JOURNAL_ROW), query
+        )
+
     def iommu_dirty_start(self, page_size: int) -> int:
         """Start the dirty bits of the IOMMU that the server plays; return the page size in bytes that they have."""
         payload = LoggingStart(page_size, ()).pack()
@@ -487,9 +499,10 @@ class VfioUserClient:
 
 
 def _bits(data: memoryview, length: int, page_size: int) -> npt.NDArray[np.uint64]:
-    """Return a bitmap for `length` bytes as words, without the bits that stand for no page."""
-    words = np.frombuffer(data, dtype="<u8").astype(np.uint64)
+    """Return a bitmap for `length` bytes as words, perhaps read-only, without the bits that stand for no page."""
+    words = np.frombuffer(data, dtype="<u8")
     surplus = words.size * 64 - -(-length // page_size)
     if surplus:
+        words = words.copy()
         words[-1] &= np.uint64((1 << 64 - surplus) - 1)
     return words

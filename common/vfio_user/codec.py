@@ -40,6 +40,7 @@ __all__ = [
     "REGION_ACCESS_SIZE",
     "UNMAP_ALL",
     "UNMAP_GET_DIRTY_BITMAP",
+    "WRITE_JOURNAL",
     "Command",
     "DmaAccess",
     "DmaMap",
@@ -70,6 +71,10 @@ MAX_REPLY_SIZE: Final = MAX_BITMAP + 4096
 
 PRECOPY_INFO: Final = 0x8001
 """Feature number of our extension for VFIO_MIG_GET_PRECOPY_INFO; GET only, the payload is `PrecopyInfo`."""
+
+WRITE_JOURNAL: Final = 0x8002
+"""Feature number of our extension: what the device wrote; GET, IOVA and bytes as 64-bit words are answered with rows of
+`common.memory.write_journal`, oldest first."""
 
 IOMMU_DIRTY_START: Final = 0x8010
 """Feature number of our extension: keep an IOMMU's dirty bits of all that is mapped; SET, `LoggingStart`, no ranges."""

@@ -95,6 +95,9 @@ class Device(Protocol):
     def logging_report(self, iova: int, length: int, page_size: int) -> Buffer:
         """Return, and clear, the log's bitmap of a range."""
 
+    def write_journal(self, iova: int, length: int, limit: int) -> Buffer:
+        """Return the newest `limit` rows of what the device wrote to a range, oldest first, if `extension.trace`."""
+
     def iommu_dirty_start(self, page_size: int) -> int:
         """Start the IOMMU's dirty bits, if `extension.iommu_dirty`; return the page size that they have."""
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from common.memory.write_journal import JOURNAL_ROW
 from common.vfio import feature as vfio
 from common.vfio.feature import Buffer, DeviceFeature, LoggingReport, LoggingStart
 from common.vfio.migration import PRECOPY_STATES, SAVING_STATES, DeviceState
@@ -36,6 +38,7 @@ from common.vfio_user.transport import Connection, ConnectionLostError, Message
 __all__ = ["Device", "MessageDma", "VfioUserServer", "listen"]
 
 _MAX_MSG_FDS: Final = 16
+_JOURNAL_QUERY: Final = struct.Struct("<QQ")  # IOVA, bytes
 _MINOR: Final = 2
 _DEVICE_FLAGS: Final = 0x3  # can be reset, is a PCI device
 
@@ -329,6 +332,8 @@ class VfioUserServer:
                 return vfio.FEATURE_GET
             case codec.PRECOPY_INFO if device.extension.precopy_info:
                 return vfio.FEATURE_GET
+            case codec.WRITE_JOURNAL if device.extension.trace:
+                return vfio.FEATURE_GET
             case codec.IOMMU_DIRTY_START | codec.IOMMU_DIRTY_STOP if device.extension.iommu_dirty:
                 return vfio.FEATURE_SET
             case codec.IOMMU_DIRTY_REPORT if device.extension.iommu_dirty:
@@ -363,6 +368,9 @@ class VfioUserServer:
                 if self._device.get_state() not in PRECOPY_STATES:
                     raise OSError(errno.EINVAL, "the device is not in PRE_COPY")
                 return self._device.precopy_info().pack()
+            case codec.WRITE_JOURNAL:
+                iova, length = vfio.unpack_fixed(_JOURNAL_QUERY, payload, "WRITE_JOURNAL")
+                return self._device.write_journal(iova, length, max(room, 0) // JOURNAL_ROW.itemsize)
             case codec.IOMMU_DIRTY_REPORT:
                 return self._report(LoggingReport.unpack(payload), room, self._device.iommu_dirty_report)
             case _:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -11,8 +13,11 @@ from rig import Daemon, Rig, assert_completed, machine_toml, switchover, wait_fo
 from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 from test_journey_localhost import goes_on
 
+from common.machine.config import MachineSpec, ViommuSpec, to_json
 from common.rpc.errors import PeerError, peer_error
 
+UUID = "6f0c8f0e-7d3f-4d0f-9a51-6b7cf1b1d9aa"
+EMPTY = MachineSpec("empty", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
 PHASES = ("source.precopy", "source.round1", "source.switchover", "source.paused", "source.stopped", "source.handover")
 MBIT = 1e6 / 8
 
@@ -167,6 +172,16 @@ def test_what_a_migration_is_refused_for(rig: Rig) -> None:
     goes_on(source, before)
 
 
+def test_a_device_is_missing_there(rig: Rig) -> None:
+    source = rig.start("source", machine_toml(devices=("nic", "nvme")))
+    destination = rig.start("destination", command=(sys.executable, "-m", "console", "destination", "--devices", "nic"))
+    before = goes_on(source)
+    result = source.migrate(destination.address)
+    assert (result.result, result.reason) == ("failed", "NO_SUCH_DEVICE")
+    assert "no device of kind nvme" in result.error
+    goes_on(source, before)
+
+
 def prepare_refusal(address: str, request: migration_pb2.PrepareRequest) -> PeerError:
     with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
         migration_pb2_grpc.MigrationServiceStub(channel).Prepare(request, timeout=20)
@@ -175,7 +190,7 @@ def prepare_refusal(address: str, request: migration_pb2.PrepareRequest) -> Peer
 
 def test_what_a_destination_refuses(rig: Rig) -> None:
     destination = rig.start("destination")
-    good = {"session_id": "s1", "protocol_version": 1, "machine_uuid": "6f0c8f0e-7d3f-4d0f-9a51-6b7cf1b1d9aa"}
+    good = {"session_id": "s1", "protocol_version": 1, "machine_uuid": UUID}
     assert (
         prepare_refusal(destination.address, migration_pb2.PrepareRequest(**{**good, "protocol_version": 7})).reason
         == "PROTOCOL_VERSION"
@@ -188,6 +203,13 @@ def test_what_a_destination_refuses(rig: Rig) -> None:
         prepare_refusal(destination.address, migration_pb2.PrepareRequest(**good, machine_json="{}")).reason
         == "BAD_REQUEST"
     )
+    huge = replace(EMPTY, ram_size=1 << 37)
+    held = migration_pb2.PrepareRequest(
+        **{**good, "session_id": "s2"}, machine_json=to_json(huge), data_first=[0], data_pages=[1 << 25]
+    )
+    refusal = prepare_refusal(destination.address, held)
+    assert refusal.reason == "NOT_ENOUGH_MEMORY"
+    assert "131072 MiB" in str(refusal)
     assert not destination.look().migrating
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 import threading
 
 import numpy as np
@@ -125,6 +126,47 @@ def test_bytes_of_others_are_checked(case: tuple[int, set[int]]) -> None:
             bitmap.from_bytes(words.tobytes(), pages)
         with pytest.raises(ValueError, match="past the last"):
             DirtyBitmap(pages).merge(words)
+
+
+@given(small)
+def test_a_packed_bitmap_comes_back(case: tuple[int, set[int]]) -> None:
+    pages, numbers = case
+    words = with_pages(pages, numbers)
+    packed = bitmap.pack(words)
+    assert len(packed) <= 16 + words.nbytes
+    again = bitmap.unpack(packed, pages)
+    assert np.array_equal(again, words) and again.flags.writeable
+    for wrong in (packed[:-1], packed + b"\0", b""):
+        with pytest.raises(ValueError):
+            bitmap.unpack(wrong, pages)
+    with pytest.raises(ValueError, match="words"):
+        bitmap.unpack(packed, pages + 64)
+
+
+def test_few_bits_of_a_large_bitmap_are_few_bytes() -> None:
+    pages = 1 << 28
+    words = with_pages(pages, {0, 63, 5 << 21, pages - 1})
+    packed = bitmap.pack(words)
+    assert len(packed) == 16 + 3 * 12
+    assert np.array_equal(bitmap.unpack(packed, pages), words)
+
+
+@pytest.mark.parametrize(
+    ("given_words", "positions"), [([1, 1], [3, 3]), ([1, 1], [3, 2]), ([1], [4]), ([1 << 7], [3]), ([1] * 5, [0] * 5)]
+)
+def test_packed_words_of_others_are_checked(given_words: list[int], positions: list[int]) -> None:
+    pages = 3 * 64 + 7
+    data = struct.pack("<QQ", 4, len(given_words))
+    data += np.array(given_words, "<u8").tobytes() + np.array(positions, "<u4").tobytes()
+    with pytest.raises(ValueError):
+        bitmap.unpack(data, pages)
+
+
+@given(st.lists(small, max_size=3))
+def test_the_union_of_bitmaps(cases: list[tuple[int, set[int]]]) -> None:
+    pages = max((pages for pages, _ in cases), default=0)
+    found = bitmap.union([with_pages(pages, numbers) for _, numbers in cases], pages)
+    assert bitmap.pages_of(found).tolist() == sorted(set().union(*(numbers for _, numbers in cases)))
 
 
 def test_dirty_bitmap_is_the_union_of_what_was_marked() -> None:

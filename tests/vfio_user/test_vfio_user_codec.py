@@ -231,7 +231,7 @@ def test_other_extensions_are_none_of_ours(value: object) -> None:
 def test_the_extension_as_documented() -> None:
     assert Extension().to_json() == {
         "version": 1, "precopy_info": True, "data_size": True, "p2p": True, "report_ranges": True,
-        "comparable_dump": True, "iommu_dirty": False,
+        "comparable_dump": True, "iommu_dirty": False, "trace": False,
     }  # fmt: skip
     assert Extension.from_json({"version": 1, "p2p": 1, "data_size": True, "more": 5}) == Extension(
         precopy_info=False, data_size=True, p2p=False, report_ranges=False, comparable_dump=False
