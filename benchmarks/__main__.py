@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
-from benchmarks import cost
+from benchmarks import cost, tracking
 
-BENCHMARKS = {"idle": cost.idle, "growth": cost.growth, "memory": cost.memory}
+BENCHMARKS: dict[str, Callable[[int], None]] = {
+    "idle": cost.idle,
+    "growth": cost.growth,
+    "memory": cost.memory,
+    "large": tracking.large,
+    "mappings": tracking.mappings,
+    "strategies": tracking.strategies,
+}
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks")
 parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
 parser.add_argument("--runs", type=int, default=5, help="of each configuration; medians are printed")
+parser.add_argument("--plot", type=Path, metavar="FILE", help="where to put the chart of strategies, as SVG")
 arguments = parser.parse_args()
+BENCHMARKS["strategies"] = partial(tracking.strategies, plot=arguments.plot)
 unknown = set(arguments.names) - set(BENCHMARKS)
 if unknown:
     parser.error(f"unknown: {', '.join(sorted(unknown))}")

@@ -179,24 +179,27 @@ class Arrival:
     def finish(self, request: migration_pb2.FinishRequest) -> migration_pb2.FinishResponse:
         """Check that all has arrived, load the rest, take the devices out of RESUMING: they validate their state."""
         began = time.monotonic()
+        self._expect(handover.PREPARING)
+        self._check_complete(request)
+        try:
+            vcpu = json.loads(request.vcpu_json)
+        except ValueError as error:
+            raise _bad(f"vCPU state: {error}") from error
+        assert self._machine is not None
+        self._paused = request.paused
+        reading = None
+        if self._verify == Verify.VERIFY_MODE_DEFERRED and self._verifier is not None:
+            reading = self._pool.submit(self._verifier.complete)
+        self._machine.load(vcpu, [_config(device) for device in request.devices], paused=request.paused)
+        if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
+            # After the devices have validated their state: what one of them wrote meanwhile is read too.
+            reading = self._pool.submit(self._verifier.read_all)
+        if reading is not None and self._verify == Verify.VERIFY_MODE_DEFERRED:
+            self._device_digests = self._digest_devices()
+            reading.result()
+        self._reading = reading
         with self._decision:
             self._expect(handover.PREPARING)
-            self._check_complete(request)
-            try:
-                vcpu = json.loads(request.vcpu_json)
-            except ValueError as error:
-                raise _bad(f"vCPU state: {error}") from error
-            reading = None
-            if self._verifier is not None:
-                strict = self._verify == Verify.VERIFY_MODE_STRICT
-                reading = self._pool.submit(self._verifier.read_all if strict else self._verifier.complete)
-            assert self._machine is not None
-            self._paused = request.paused
-            self._machine.load(vcpu, [_config(device) for device in request.devices], paused=request.paused)
-            if reading is not None and self._verify == Verify.VERIFY_MODE_DEFERRED:
-                reading.result()
-                self._device_digests = self._digest_devices()
-            self._reading = reading
             self.state = handover.after(self.state, Event.LOADED)
         return migration_pb2.FinishResponse(load_us=int((time.monotonic() - began) * 1e6))
 
@@ -222,7 +225,8 @@ class Arrival:
             self._device_digests = self._digest_devices()
         self._reading.result()
         try:
-            mismatches = self._verifier.compare(request.chunk_digests)
+            strict = self._verify == Verify.VERIFY_MODE_STRICT
+            mismatches = self._verifier.compare(request.chunk_digests, pages=strict)
         except ValueError as error:
             raise _bad(str(error)) from error
         if self._verify == Verify.VERIFY_MODE_DEFERRED:
@@ -267,28 +271,34 @@ class Arrival:
                 state = handover.after(self.state, Event.COMMIT)
             except ValueError as error:
                 raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error)) from error
-            if state is not self.state:
+            assert self._machine is not None
+            if state != self.state:
+                failure = self._machine.describe().failure
+                if failure:
+                    raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", f"the machine: {failure}")
                 self._record(Ownership.COMMITTED)
                 self.state = state
                 hooks.reach("destination.committed")
             if self.state != handover.COMMITTED:
                 return migration_pb2.CommitResponse(state=self.state)
-            assert self._machine is not None
-            self._host.adopt(self._machine)
-            self._record(Ownership.STARTING)
-            self.state = handover.after(self.state, Event.START)
             began = time.monotonic()
             try:
-                self._machine.take_over()
-            except (ClosedError, RequestError) as error:
+                self._start()
+            except (ClosedError, RequestError, OSError) as error:
                 # It is ours, and it does not run: the source keeps its copy, and an operator decides.
                 self.failure = str(error)
-                self._host.end_migration()
                 raise RefusalError(grpc.StatusCode.ABORTED, "NOT_STARTED", str(error)) from error
             start_us = int((time.monotonic() - began) * 1e6)
-            self.state = handover.after(self.state, Event.STARTED)
         self._pool.submit(self._settle_in)
         return migration_pb2.CommitResponse(state=self.state, start_us=start_us)
+
+    def _start(self) -> None:
+        assert self._machine is not None
+        self._host.adopt(self._machine)
+        self._record(Ownership.STARTING)
+        self.state = handover.after(self.state, Event.START)
+        self._machine.take_over()
+        self.state = handover.after(self.state, Event.STARTED)
 
     def _record(self, ownership: Ownership) -> None:
         assert self._machine is not None
@@ -297,8 +307,8 @@ class Arrival:
     def _settle_in(self) -> None:
         """After the start, off the clock: the machine is ours for good; its guest tells how long it stood still."""
         assert self._machine is not None
-        self._record(Ownership.OWNER)
         self._host.decide(self.session_id, COMMITTED)
+        self._record(Ownership.OWNER)
         if self._verify != Verify.VERIFY_MODE_DEFERRED:
             self._let_go()
         self._host.end_migration()
@@ -319,11 +329,14 @@ class Arrival:
         with self._decision:
             if self.state == handover.REVOKED:
                 return
-            self.state = handover.after(self.state, Event.REVOKE)
+            state = handover.after(self.state, Event.REVOKE)
             self._host.decide(self.session_id, REVOKED)
+            self.state = state
         _log.info("arrival revoked", session=self.session_id, reason=reason)
-        self._take_down()
-        self._host.end_migration()
+        try:
+            self._take_down()
+        finally:
+            self._host.end_migration()
 
     def _take_down(self) -> None:
         self.close()

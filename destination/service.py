@@ -136,7 +136,10 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         arrival = self._arrival
         if arrival is None or arrival.session_id != request.session_id:
             _check_session_id(request.session_id)
-            return migration_pb2.GetSessionResponse(state=_DECIDED[self._host.decision(request.session_id)])
+            return migration_pb2.GetSessionResponse(
+                state=_DECIDED[self._host.decision(request.session_id)],
+                failure=self._host.arrival_failure(request.session_id),
+            )
         return migration_pb2.GetSessionResponse(
             state=arrival.state,
             machine_uuid=arrival.machine_uuid,

@@ -15,6 +15,7 @@ from switchover.v1 import migration_pb2
 
 from common.machine.device import Digest
 from common.memory.digest import DigestWorkers
+from common.memory.layout import CHUNK_SIZE
 from common.memory.pages import Applier
 from common.memory.ram import GuestRam
 
@@ -22,6 +23,7 @@ __all__ = ["Verifier", "compare_device"]
 
 SETTLE_SECONDS = 0.02
 NEVER_READ = -1
+CHUNKS_WITH_PAGES = 256
 
 
 class Verifier:
@@ -31,7 +33,7 @@ class Verifier:
         """Start to read settled chunks if `early`."""
         self._workers = DigestWorkers(ram)
         self._applier = applier
-        self._digests = np.zeros(ram.size // (2 << 20), np.uint64)
+        self._digests = np.zeros(ram.size // CHUNK_SIZE, np.uint64)
         self._read_generation = np.full(self._digests.size, NEVER_READ, np.int64)
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -69,15 +71,20 @@ class Verifier:
         with self._lock:
             self._digests[:] = self._workers.chunks()
 
-    def compare(self, theirs: bytes) -> list[migration_pb2.ChunkMismatch]:
-        """Return the chunks that differ from the source's; raise ValueError if it sent no such digests."""
+    def compare(self, theirs: bytes, *, pages: bool) -> list[migration_pb2.ChunkMismatch]:
+        """Return the chunks that differ from the source's; raise ValueError if it sent no such digests.
+
+        `pages`: with the digests of the pages of the first of them. A machine that runs already has changed its pages
+        since, so they would tell nothing.
+        """
         if len(theirs) != self._digests.nbytes:
             raise ValueError(f"{len(theirs)} bytes of digests for {self._digests.size} chunks")
-        differ = np.flatnonzero(self._digests != np.frombuffer(theirs, "<u8"))
+        differ = np.flatnonzero(self._digests != np.frombuffer(theirs, "<u8")).tolist()
+        told = differ[:CHUNKS_WITH_PAGES] if pages else []
         return [
             migration_pb2.ChunkMismatch(chunk=chunk, page_digests=self._workers.pages(chunk).tobytes())
-            for chunk in differ.tolist()
-        ]
+            for chunk in told
+        ] + [migration_pb2.ChunkMismatch(chunk=chunk) for chunk in differ[len(told) :]]
 
     def close(self) -> None:
         """End the worker processes."""

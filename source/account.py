@@ -37,6 +37,7 @@ class Account:
         self.meter = Meter()
         self.facts: list[RoundFacts] = []
         self.throttle_percent = 0
+        self.precopy_began = 0.0
         self.started_at = time.monotonic()
         self.result = host_pb2.MigrationResult(
             session_id=session_id,
@@ -105,7 +106,7 @@ class Account:
 
     def round_sent(self, stats: LaneStats, seconds: float) -> None:
         """Note what a round has sent."""
-        self.meter.round_done(seconds, stats.sent_bytes)
+        self.meter.round_done(seconds, stats.page_bytes)
         ram = self.result.ram
         ram.transferred_bytes += stats.sent_bytes
         ram.pages += stats.pages
@@ -113,7 +114,7 @@ class Account:
 
     def round_decided(self, facts: RoundFacts, stats: LaneStats, decision: Decision) -> None:
         """Note how a round ended and what follows."""
-        began = self.facts[-2].elapsed_s if len(self.facts) > 1 else self._precopy_began
+        began = self.facts[-2].elapsed_s if len(self.facts) > 1 else self.precopy_began
         self.result.rounds.append(
             host_pb2.Round(
                 number=facts.number,
@@ -136,7 +137,7 @@ class Account:
 
     def precopy_begins(self) -> None:
         """Start the clock of round 0."""
-        self._precopy_began = self.elapsed()
+        self.precopy_began = self.elapsed()
 
     @contextmanager
     def downtime(self, part: Part) -> Iterator[None]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 import grpc
 import structlog
 from switchover.v1 import migration_pb2, migration_pb2_grpc
 
 from common.host.host import Host
+from common.ipc.channel import ClosedError, RequestError
+from common.machine import record
 from common.machine.record import Ownership, Record
 from common.rpc.channel import open_channel
 from common.rpc.errors import peer_error
@@ -70,10 +74,15 @@ def commit(
 
 
 def wait_until_started(
-    stub: migration_pb2_grpc.MigrationServiceStub, session_id: str, say: Callable[[str], None], ended: threading.Event
+    stub: migration_pb2_grpc.MigrationServiceStub,
+    session_id: str,
+    incarnation: int,
+    say: Callable[[str], None],
+    ended: threading.Event,
 ) -> None:
     """Wait until the destination has started the machine that it owns; raise `NotStartedError` if it could not."""
     request = migration_pb2.GetSessionRequest(session_id=session_id)
+    again = migration_pb2.CommitRequest(session_id=session_id, incarnation=incarnation)
     while not ended.is_set():
         try:
             session = stub.GetSession(request, timeout=CALL_SECONDS)
@@ -85,6 +94,11 @@ def wait_until_started(
             raise NotStartedError(f"the destination owns the machine and could not start it: {session.failure}")
         if session.state == migration_pb2.SESSION_STATE_RUNNING:
             return
+        if session.state not in OWNED:
+            raise NotStartedError("the destination has owned the machine, and does not know it any more")
+        if session.state == migration_pb2.SESSION_STATE_COMMITTED:
+            with suppress(grpc.RpcError):  # the next look tells
+                stub.Commit(again, timeout=CALL_SECONDS)
         ended.wait(POLL_SECONDS)
     raise UndecidedError("the daemon ends before the destination has said that the machine has started")
 
@@ -109,31 +123,40 @@ def _resolve(
     raise UndecidedError("the daemon ends before the destination has said who owns the machine")
 
 
-def settle(host: Host, record: Record, ended: threading.Event) -> None:
+def settle(host: Host, known: Record, ended: threading.Event) -> None:
     """Finish, in the background, a handover that an earlier daemon left COMMITTING."""
 
     def say(text: str) -> None:
-        host.events.publish(record.session_id, message=text)
+        host.events.publish(known.session_id, message=text)
 
     def ask() -> None:
         try:
-            with open_channel(record.peer) as channel:
+            with open_channel(known.peer) as channel:
                 stub = migration_pb2_grpc.MigrationServiceStub(channel)
-                gone = _resolve(stub, record.session_id, say, ended)
-            ownership = handover.after(
-                Ownership.COMMITTING, handover.Event.COMMITTED if gone else handover.Event.REVOKED
-            )
-            if host.machine is not None:
-                host.machine.record(ownership, session_id=record.session_id, peer=record.peer)
+                gone = _resolve(stub, known.session_id, say, ended)
+                event = handover.Event.COMMITTED if gone else handover.Event.REVOKED
+                _decide(host, known, handover.after(Ownership.COMMITTING, event))
                 if gone:
-                    host.drop_machine()
-                else:
-                    host.machine.end()
-            _log.info("handover settled", session=record.session_id, ownership=ownership.value)
-        except UndecidedError as error:
-            _log.warning("handover not settled", session=record.session_id, message=str(error))
+                    wait_until_started(stub, known.session_id, known.incarnation + 1, say, ended)
+                    if known.judged:
+                        host.release(Ownership.RELEASED)
+            _log.info("handover settled", session=known.session_id, gone=gone)
+        except (NotStartedError, UndecidedError, ClosedError, RequestError, OSError) as error:
+            say(f"the handover to {known.peer} is not settled: {error}")
+            _log.warning("handover not settled", session=known.session_id, message=str(error))
         finally:
             host.end_migration()
 
-    host.begin_migration(record.session_id)
+    host.begin_migration(known.session_id)
     threading.Thread(target=ask, name="settle", daemon=True).start()
+
+
+def _decide(host: Host, known: Record, ownership: Ownership) -> None:
+    """Record what the destination has said; a machine that stays here goes on."""
+    if host.machine is None:
+        # Its process has ended meanwhile. If it is not the destination's, then it was switched off here.
+        record.write(host.record_path, replace(known, ownership=ownership))
+        return
+    host.machine.record(ownership, session_id=known.session_id, peer=known.peer, judged=known.judged)
+    if ownership is Ownership.OWNER:
+        host.machine.end()

@@ -11,11 +11,12 @@ BURST_SECONDS = 0.01
 
 
 class Limiter:
-    """A token bucket in bytes. Without a limit it costs nothing."""
+    """A token bucket in bytes. Without a limit it costs nothing; after `lift` it has none."""
 
     def __init__(self, bytes_per_second: float | None) -> None:
         self._rate = bytes_per_second
         self._lock = threading.Lock()
+        self._lifted = threading.Event()
         self._free_at = time.monotonic()
 
     def take(self, size: int) -> None:
@@ -27,4 +28,8 @@ class Limiter:
             self._free_at = max(self._free_at, now - BURST_SECONDS) + size / self._rate
             wait = self._free_at - now
         if wait > 0:
-            time.sleep(wait)
+            self._lifted.wait(wait)
+
+    def lift(self) -> None:
+        """Let everybody go on at once: nothing more will be sent."""
+        self._lifted.set()

@@ -36,7 +36,7 @@ class Meter:
                 self._recent.popleft()
 
     def round_done(self, seconds: float, size: int) -> None:
-        """Count a round of `size` bytes that took `seconds`."""
+        """Count a round that sent `size` bytes of pages (before compression) in `seconds`."""
         with self._lock:
             self._rounds.append((seconds, size))
             spent, sent = 0.0, 0
@@ -50,7 +50,7 @@ class Meter:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second, by the last rounds that were long enough to tell; 0: none has ended yet."""
+        """Bytes of pages per second, by the last rounds that were long enough to tell; 0: none has ended yet."""
         return self._estimate
 
     def current_bandwidth(self) -> float:

@@ -48,7 +48,8 @@ __all__ = ["PROTOCOL_VERSION", "Migration"]
 
 PROTOCOL_VERSION = 1
 CALL_SECONDS = 20.0
-LONG_CALL_SECONDS = 120.0  # Prepare touches all RAM, Finish loads all devices, Verify reads all RAM
+# Prepare touches all RAM, Finish loads all devices, Verify reads all RAM.
+LONG_CALL_SECONDS, LONG_CALL_SECONDS_PER_GIB = 120.0, 2.0
 GUEST_GAP_SECONDS = 1.0
 WAIT_SECONDS = 0.02
 
@@ -103,8 +104,15 @@ class Migration:
     def cancel(self) -> None:
         """End the migration; without effect once COMMIT may have been sent."""
         self._cancelled.set()
-        if self._ownership is Ownership.OWNER and self._lanes is not None:
-            self._lanes.interrupt(CancelledError("cancelled by the operator"))
+        if self._ownership is Ownership.OWNER:
+            self._interrupt(CancelledError("cancelled by the operator"))
+
+    def _interrupt(self, failure: Exception) -> None:
+        """Let whoever sends or waits for the destination fail."""
+        self._limiter.lift()
+        for stream in (*self._streams, self._mappings, self._lanes):
+            if stream is not None:
+                stream.interrupt(failure)
 
     def abandon(self) -> None:
         """Do not wait any longer for a destination that does not answer: this daemon ends."""
@@ -132,6 +140,7 @@ class Migration:
         spec = machine.spec()
         self._running = machine.begin(self.session_id)
         self._ram = self._held.enter_context(machine.ram(writable=False))
+        self._long_call_s = LONG_CALL_SECONDS + self._ram.size / (1 << 30) * LONG_CALL_SECONDS_PER_GIB
         devices = machine.devices()
         self._account.moves(spec.uuid or "", self._ram.size, devices)
         if self._request.verify != Verify.VERIFY_MODE_OFF:
@@ -153,12 +162,9 @@ class Migration:
                     lanes=self._request.lanes,
                     verify=self._request.verify,
                 ),
-                timeout=LONG_CALL_SECONDS,
+                timeout=self._long_call_s,
             )
             self._prepared = True
-            self._clock = measure(
-                lambda: self._stub.ReadClock(migration_pb2.ReadClockRequest(), timeout=CALL_SECONDS).monotonic_ns
-            )
         self._check()
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()
@@ -183,6 +189,28 @@ class Migration:
     # precopy: round 0 sends all of RAM, each later one what was dirtied meanwhile; devices send what they can.
 
     def _precopy(self) -> None:
+        with self._deadline():
+            self._iterate()
+
+    @contextmanager
+    def _deadline(self) -> Iterator[None]:
+        """End a round that outlasts the time limit; whether the limit was reached between rounds the policy sees."""
+        limit = self._limits.timeout_s
+        if limit is None or self._limits.switch_over_at_limit:
+            yield
+            return
+        failure = NotConvergedError(
+            f"not converged in {limit:g} s, and a round of pre-copy was under way; it would converge with more time or "
+            "a faster link"
+        )
+        timer = threading.Timer(limit - self._account.elapsed(), self._interrupt, (failure,))
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _iterate(self) -> None:
         self._account.phase("precopy")
         hooks.reach("source.precopy")
         self._account.precopy_begins()
@@ -237,12 +265,12 @@ class Migration:
     def _look(self, number: int, stats: LaneStats) -> RoundFacts:
         account = self._account
         elapsed = account.elapsed()
-        since = account.facts[-1].elapsed_s if account.facts else 0.0
+        since = account.facts[-1].elapsed_s if account.facts else account.precopy_began
         dirty_bytes = bitmap.count(self._dirty) * PAGE_SIZE
         facts = RoundFacts(
             number=number,
             elapsed_s=elapsed,
-            sent_bytes=stats.sent_bytes,
+            sent_bytes=stats.page_bytes,
             dirty_bytes=dirty_bytes,
             dirty_rate=dirty_bytes / (elapsed - since),
             device_bytes=sum(stream.remaining() for stream in self._streams),
@@ -256,6 +284,11 @@ class Migration:
     # switchover: the machine stands still, and all that is left of it goes over.
 
     def _switchover(self) -> None:
+        # Now, and not in setup: two clocks drift apart by a downtime in an hour or so.
+        with self._calling():
+            self._clock = measure(
+                lambda: self._stub.ReadClock(migration_pb2.ReadClockRequest(), timeout=CALL_SECONDS).monotonic_ns
+            )
         for stream in self._streams:
             stream.end_precopy()
         self._account.phase("switchover")
@@ -313,7 +346,7 @@ class Migration:
                     lane_sequences=self._lanes.sequences,
                     mapping_sequence=self._mappings.sequence,
                 ),
-                timeout=LONG_CALL_SECONDS,
+                timeout=self._long_call_s,
             )
 
     # verification: all of the stopped RAM is read, whatever any log has said of it.
@@ -333,7 +366,7 @@ class Migration:
                 migration_pb2.VerifyRequest(
                     session_id=self.session_id, chunk_digests=self._digests.tobytes(), devices=devices
                 ),
-                timeout=LONG_CALL_SECONDS,
+                timeout=self._long_call_s,
             )
         result = self._account.result
         verdict.judge_memory(
@@ -362,45 +395,49 @@ class Migration:
         except RevokedError:
             self._decide(handover.Event.REVOKED)
             raise
-        self._decide(handover.Event.COMMITTED)
-        wait_until_started(self._stub, self.session_id, self._account.say, self._ended)
         now = time.monotonic()
         result = self._account.result
         result.downtime.start = start_ms
         result.downtime.handover = (now - began) * 1000 - start_ms
         result.downtime_ms = (now - self._stopped_at) * 1000
         result.total_ms = (now - self._account.started_at) * 1000
+        self._decide(handover.Event.COMMITTED)
+        wait_until_started(self._stub, self.session_id, self._incarnation, self._account.say, self._ended)
         self._account.say(f"the machine is at {self._address}")
 
     def _decide(self, event: handover.Event) -> None:
         state = handover.after(self._ownership, event)
-        self._machine.record(state, session_id=self.session_id, peer=self._address)
+        judged = self._request.verify != Verify.VERIFY_MODE_DEFERRED
+        self._machine.record(state, session_id=self.session_id, peer=self._address, judged=judged)
         self._ownership = state
 
     # done: the verdict, then the machine's copy here is let go.
 
     def _after(self) -> None:
-        result = self._account.result
-        result.guest_gap_ms = self._guest_gap_ms()
-        result.guest_gap_error_ms = self._clock.error_ns / 1e6
         if self._request.verify == Verify.VERIFY_MODE_DEFERRED:
             self._start_reading()
             self._compare()
         if self._digesters is not None:
             verdict.check_unchanged(self._digests, self._digesters.chunks(), self._machine.late_writes)
         assert self._mappings is not None
+        result = self._account.result
         result.mappings = self._mappings.mappings
+        result.guest_gap_ms = self._guest_gap_ms()
+        result.guest_gap_error_ms = self._clock.error_ns / 1e6
         result.result = "completed"
         self._close_streams(abort=False)
-        self._host.drop_machine()
+        self._host.release(Ownership.RELEASED)
         self._account.phase("done")
 
     def _guest_gap_ms(self) -> float:
+        """Ask what the guest has measured; -1 if that cannot be learned, which changes nothing of what was moved."""
         deadline = time.monotonic() + GUEST_GAP_SECONDS
         request = migration_pb2.GetSessionRequest(session_id=self.session_id)
         while self._running and time.monotonic() < deadline:
-            with self._calling():
-                session = self._stub.GetSession(request, timeout=CALL_SECONDS)
+            try:
+                session = self._stub.GetSession(request, timeout=GUEST_GAP_SECONDS)
+            except grpc.RpcError:
+                break
             if session.HasField("guest_gap_us"):
                 return session.guest_gap_us / 1000
             time.sleep(WAIT_SECONDS)
@@ -415,7 +452,8 @@ class Migration:
         if before_commit and self._cancelled.is_set():
             error = CancelledError("cancelled by the operator")
         result.result = "cancelled" if isinstance(error, CancelledError) else "failed"
-        result.verified = "false"
+        if before_commit or isinstance(error, DataLossError):
+            result.verified = "false"
         result.reason, result.error = _explain(error, self._address)
         if result.reason == "INTERNAL":
             _log.error("migration failed", session=self.session_id, exc_info=error)
@@ -427,6 +465,14 @@ class Migration:
     def _abort(self, why: str) -> None:
         """Undo everything: afterwards the machine runs here as if nothing had happened."""
         self._account.phase("abort")
+        # The guest first: without COMMIT the destination cannot start the machine, so nothing has to be waited for.
+        self._interrupt(ConnectionError(why))
+        for stream in self._streams:
+            stream.stop_reading()
+        try:
+            self._machine.end()
+        except (ClosedError, RequestError) as error:
+            _log.error("the machine did not take the end of the migration", message=str(error))
         self._close_streams(abort=True)
         if self._prepared:
             try:
@@ -435,10 +481,6 @@ class Migration:
                 )
             except grpc.RpcError as error:
                 _log.warning("the destination could not be told", message=str(peer_error(error)))
-        try:
-            self._machine.end()
-        except (ClosedError, RequestError) as error:
-            _log.error("the machine did not take the end of the migration", message=str(error))
 
     def _pause_there(self) -> None:
         """Pause a machine that runs at the destination with memory that differs; its copy here is kept."""
@@ -462,7 +504,7 @@ class Migration:
         self._close_streams(abort=True)
         if self._digesters is not None:
             self._digesters.close()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._held.close()
         self._channel.close()
         self._machine.close()

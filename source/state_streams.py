@@ -1,115 +1,31 @@
-"""Streams of small ordered records: a device's migration data, and the changes of the mappings.
-
-Both are the same thing: requests numbered from 1, acks that mean applied, an end that waits for the last of them.
-"""
+"""What travels beside the pages: a device's migration data, and the changes of the mappings."""
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Sequence
 
-import grpc
 from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
 from common.machine.client import Changes, DeviceInfo, MachineClient, MappingChange
 from common.rpc.channel import open_bulk_channel
-from common.rpc.errors import peer_error
 from source.limiter import Limiter
+from source.stream import AckedStream
 
 __all__ = ["DeviceStream", "MappingStream"]
 
 Kind = migration_pb2.DeviceStateKind
 READ_SIZE = 1 << 20
-QUEUED_RECORDS = 4
+BATCH = 10_000  # mappings in a message
 IDLE_SECONDS = 0.02
-
-
-class _Ack(Protocol):
-    @property
-    def applied_sequence(self) -> int: ...
-
-
-Request = TypeVar("Request")
-Response = TypeVar("Response", bound=_Ack)
-
-
-class _Stream(Generic[Request, Response]):
-    """One bidirectional stream; `send` numbers, `drain` waits until everything is applied."""
-
-    def __init__(
-        self,
-        method: Callable[..., Any],
-        metadata: list[tuple[str, str]],
-        on_ack: Callable[[Response], None] = lambda _: None,
-    ) -> None:
-        self._queue: queue.Queue[Request | None] = queue.Queue(QUEUED_RECORDS)
-        self._changed = threading.Condition()
-        self._failure: Exception | None = None
-        self._on_ack = on_ack
-        self.sequence = 0
-        self._applied = 0
-        self._responses = method(self._requests(), metadata=metadata)
-        self._acks = threading.Thread(target=self._take_acks, name="acks", daemon=True)
-        self._acks.start()
-
-    def _requests(self) -> Iterator[Request]:
-        while (request := self._queue.get()) is not None:
-            yield request
-
-    def _take_acks(self) -> None:
-        try:
-            for response in self._responses:
-                self._on_ack(response)
-                with self._changed:
-                    self._applied = response.applied_sequence
-                    self._changed.notify_all()
-            failure: Exception = ConnectionError("the destination has ended a stream")
-        except grpc.RpcError as error:
-            failure = peer_error(error)
-        with self._changed:
-            self._failure = failure
-            self._changed.notify_all()
-
-    def next_sequence(self) -> int:
-        self.sequence += 1
-        return self.sequence
-
-    def send(self, request: Request) -> None:
-        while True:
-            self.check()
-            try:
-                self._queue.put(request, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def check(self) -> None:
-        """Raise what has ended the stream, if anything has."""
-        if self._failure is not None:
-            raise self._failure
-
-    def drain(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or self._applied == self.sequence)
-            if self._applied != self.sequence:
-                self.check()
-
-    def close(self, *, abort: bool) -> None:
-        if abort or self._failure is not None:
-            self._responses.cancel()
-        else:
-            self._queue.put(None)
-        self._acks.join()
 
 
 class MappingStream:
     """Carries the changes of DMA mappings."""
 
     def __init__(self, stub: migration_pb2_grpc.MigrationServiceStub, session_id: str) -> None:
-        self._stream: _Stream[migration_pb2.SendMappingsRequest, migration_pb2.SendMappingsResponse] = _Stream(
-            stub.SendMappings, [("session-id", session_id)]
+        self._stream: AckedStream[migration_pb2.SendMappingsRequest, migration_pb2.SendMappingsResponse] = AckedStream(
+            lambda requests: stub.SendMappings(requests, metadata=(("session-id", session_id),))
         )
         self.mappings = 0
 
@@ -120,22 +36,31 @@ class MappingStream:
 
     def send(self, changes: Changes) -> None:
         """Send what has changed; return when vIOMMU and devices of the destination have it."""
-        if not changes:
-            return
+        # All that is gone goes first: what was there may stand in the way of what is there now.
+        for start in range(0, len(changes.removed), BATCH):
+            self._send(changes.removed[start : start + BATCH], ())
+        for start in range(0, len(changes.added), BATCH):
+            self._send((), changes.added[start : start + BATCH])
+        self.mappings += len(changes.added)
+        self._stream.drain()
+
+    def _send(self, removed: Sequence[MappingChange], added: Sequence[MappingChange]) -> None:
         self._stream.send(
             migration_pb2.SendMappingsRequest(
                 sequence=self._stream.next_sequence(),
-                removed=[_range(change) for change in changes.removed],
+                removed=[_range(change) for change in removed],
                 added=[
                     migration_pb2.Mapping(
                         range=_range(change), gpa=change.gpa, readable=change.readable, writable=change.writable
                     )
-                    for change in changes.added
+                    for change in added
                 ],
             )
         )
-        self.mappings += len(changes.added)
-        self._stream.drain()
+
+    def interrupt(self, failure: Exception) -> None:
+        """Let every call fail with `failure`."""
+        self._stream.interrupt(failure)
 
     def close(self, *, abort: bool) -> None:
         """End the stream."""
@@ -163,10 +88,10 @@ class DeviceStream:
         self._machine = machine
         self._limiter = limiter
         self._channel = open_bulk_channel(address)
-        self._stream: _Stream[migration_pb2.SendDeviceStateRequest, migration_pb2.SendDeviceStateResponse] = _Stream(
-            migration_pb2_grpc.MigrationServiceStub(self._channel).SendDeviceState,
-            [("session-id", session_id), ("device", device.name)],
-            self._take_ack,
+        stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
+        metadata = (("session-id", session_id), ("device", device.name))
+        self._stream: AckedStream[migration_pb2.SendDeviceStateRequest, migration_pb2.SendDeviceStateResponse] = (
+            AckedStream(lambda requests: stub.SendDeviceState(requests, metadata=metadata), self._take_ack)
         )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._precopy, name=f"{device.name} precopy", daemon=True)
@@ -239,6 +164,11 @@ class DeviceStream:
             initial_data_loaded=self.initial_data_loaded,
         )
 
+    def interrupt(self, failure: Exception) -> None:
+        """Let every call fail with `failure`."""
+        self._stopping.set()
+        self._stream.interrupt(failure)
+
     def end_precopy(self) -> None:
         """Stop reading in PRE_COPY; raise what went wrong there."""
         self._stopping.set()
@@ -256,11 +186,15 @@ class DeviceStream:
         self._stream.drain()
         self._machine.leave_stop_copy(self.device.name)
 
+    def stop_reading(self) -> None:
+        """Read nothing more from the device, whether or not it answers."""
+        self._stopping.set()
+        self._machine.close()
+
     def close(self, *, abort: bool) -> None:
         """End the stream."""
-        self._stopping.set()
+        self.stop_reading()
         self._stream.close(abort=abort)
         if self._thread.is_alive():
             self._thread.join()
         self._channel.close()
-        self._machine.close()

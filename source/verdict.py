@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -42,18 +42,22 @@ def judge_memory(
     `page_digests` reads a chunk of our RAM page by page; `dma_writers` says who could have written a page by DMA.
     """
     pages: list[int] = []
-    chunks = 0
+    chunks: list[int] = []
     for mismatch in mismatches:
+        if mismatch.chunk >= layout.pages // CHUNK_PAGES:
+            raise DataLossError(f"the destination reports a difference in chunk {mismatch.chunk}, which is not in RAM")
+        chunks.append(mismatch.chunk)
         theirs = np.frombuffer(mismatch.page_digests, "<u8")
-        if theirs.size != CHUNK_PAGES or mismatch.chunk >= layout.pages // CHUNK_PAGES:
-            raise DataLossError(f"the destination reports a difference in chunk {mismatch.chunk}, and no pages for it")
-        differ = np.flatnonzero(page_digests(mismatch.chunk) != theirs)
-        pages += (mismatch.chunk * CHUNK_PAGES + differ).tolist()
-        chunks += 1
+        if theirs.size == CHUNK_PAGES:
+            differ = np.flatnonzero(page_digests(mismatch.chunk) != theirs)
+            pages += (mismatch.chunk * CHUNK_PAGES + differ).tolist()
     if not chunks:
         return
     if not pages:
-        raise DataLossError(f"{chunks} chunks of 2 MiB differed at the destination, whose pages agree by now")
+        raise DataLossError(
+            f"{len(chunks)} chunks of 2 MiB at the destination differ from the source's, the first at GPA "
+            f"{layout.gpa_of(chunks[0] * CHUNK_PAGES * PAGE_SIZE):#x}{_suspects(chunks, dma_writers)}"
+        )
     result.mismatched_pages = len(pages)
     result.mismatches.extend(
         host_pb2.PageMismatch(
@@ -71,6 +75,14 @@ def judge_memory(
         f"{len(pages)} pages at the destination differ from the source's, the first at GPA {first.gpa:#x}; "
         f"it could have been written by: {writers}"
     )
+
+
+def _suspects(chunks: Sequence[int], dma_writers: Callable[[int], list[str]]) -> str:
+    """Name who could have written to the first of the chunks by DMA; whether it was they is not known."""
+    for page in range(chunks[0] * CHUNK_PAGES, (chunks[0] + 1) * CHUNK_PAGES):
+        if writers := dma_writers(page):
+            return f"; pages of it could have been written by: vcpu, {', '.join(writers)}"
+    return "; only vCPUs could have written to it"
 
 
 def judge_devices(response: migration_pb2.VerifyResponse, result: host_pb2.MigrationResult) -> None:

@@ -76,9 +76,11 @@ class DmaPort:
             start = iova - mapping.iova
             if hooks.guarded("report-before-data"):
                 mapping.view[start : start + count] = data
+                hooks.reach(self._hook)
                 self._mark(iova, count)
             else:
                 self._mark(iova, count)
+                hooks.reach(self._hook)
                 mapping.view[start : start + count] = data
             return
         source = memoryview(data)
@@ -92,11 +94,11 @@ class DmaPort:
             except OSError as error:
                 raise DmaFault(f"write of {size} bytes at iova 0x{at:x}: {error}") from error
             finally:
+                hooks.reach(self._hook)
                 self._mark(at, size)
             done += size
 
     def _mark(self, iova: int, count: int) -> None:
-        hooks.reach(self._hook)
         if self.logging:
             self._log.mark(iova, count)
         self._iommu.mark(iova, count)

@@ -12,6 +12,7 @@ import grpc
 import structlog
 
 from common.host.host import Host, HostError
+from common.ipc.channel import RequestError
 from common.rpc.server import Server, tune_allocator
 
 __all__ = ["configure_logs", "fail", "serve"]
@@ -63,12 +64,14 @@ def serve(
     except OSError as error:
         return fail(str(error))
     try:
+        # Nobody is answered before it is known what this host owns.
         said = opening()
+        server.start()
         print(f"switchover {host.role}: listening on {server.address}", flush=True)
         print(f"switchover {host.role}: {said}", flush=True)
         ended.wait()
         closing()
-    except (HostError, OSError, ValueError) as error:
+    except (HostError, RequestError, OSError, ValueError) as error:
         return fail(str(error))
     finally:
         server.stop(GRACE_SECONDS)

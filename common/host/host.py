@@ -26,7 +26,7 @@ from common.rpc.errors import RefusalError
 __all__ = ["COMMITTED", "REVOKED", "Host", "HostError", "default_state_dir"]
 
 COMMITTED, REVOKED = "COMMITTED", "REVOKED"
-ARRIVED = (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER)
+ARRIVED = (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF)
 
 _log = structlog.get_logger()
 
@@ -115,22 +115,26 @@ class Host:
         if known is None:
             return self._boot(spec, 1) if spec is not None else "no machine"
         machine = self._find(known)
-        if known.ownership is Ownership.GONE:
-            return self._without_machine(known, machine, spec)
         if machine is None:
+            return self._without_process(known, spec)
+        if known.ownership is Ownership.RELEASED:
+            machine.shutdown()  # the daemon ended before it did
             return self._without_process(known, spec)
         if spec is not None and spec.name != known.name:
             machine.close()
             name = known.name
             raise HostError(f"{self.directory} holds machine {name}, not {spec.name}; choose another --state-dir")
         self.machine = machine
-        if known.ownership is Ownership.COMMITTING:
-            return f"machine {known.name} found; whether it is at {known.peer} now is being asked"
-        if known.ownership is not Ownership.OWNER:
-            # It was committed to this host, so it is ours: what the last daemon did not come to do is done now.
-            machine.take_over()
-            machine.record(Ownership.OWNER, session_id=known.session_id)
-            self.decide(known.session_id, COMMITTED)
+        match known.ownership:
+            case Ownership.GONE:
+                return f"machine {known.name} has moved to {known.peer}; its copy here is kept"
+            case Ownership.COMMITTING:
+                return f"machine {known.name} found; whether it is at {known.peer} now is being asked"
+            case Ownership.COMMITTED | Ownership.STARTING:
+                # It was committed to this host, so it is ours: what the last daemon did not come to do is done now.
+                machine.take_over()
+                self.decide(known.session_id, COMMITTED)
+                machine.record(Ownership.OWNER, session_id=known.session_id)
         return f"machine {known.name} found {machine.describe().state}"
 
     def _find(self, known: Record) -> MachineClient | None:
@@ -139,23 +143,45 @@ class Host:
         except OSError:
             return None
 
-    def _without_machine(self, known: Record, left: MachineClient | None, spec: MachineSpec | None) -> str:
-        if left is not None:
-            # The daemon ended between the handover and letting go of its copy.
-            left.shutdown()
-        if spec is not None and spec.name != known.name:
-            return self._boot(spec, 1)
-        return f"machine {known.name} is not started: it has moved to {known.peer}"
-
     def _without_process(self, known: Record, spec: MachineSpec | None) -> str:
-        if known.ownership is not Ownership.OWNER:
-            raise HostError(
-                f"machine {known.name} was {known.ownership} when its process ended: its RAM here is lost, "
-                "and it is not started again"
-            )
-        if spec is None:
-            return f"machine {known.name} was switched off"
-        return self._boot(spec, known.incarnation + 1)
+        """Say what became of a machine whose process is not there; start the one described if that is possible."""
+        match known.ownership:
+            case Ownership.OWNER | Ownership.OFF:
+                if spec is not None:
+                    return self._boot(spec, known.incarnation + 1)
+                return f"machine {known.name} was switched off"
+            case Ownership.GONE | Ownership.RELEASED:
+                if spec is not None and spec.name != known.name:
+                    return self._boot(spec, 1)
+                return f"machine {known.name} is not started: it has moved to {known.peer}"
+            case Ownership.COMMITTED:
+                # Nothing of it has left STOP here, so it may still go on at its source: this decides it.
+                self.decide(known.session_id, REVOKED)
+                self.record_path.unlink()
+                return f"machine {known.name} was lost before it was started here; it goes on at its source"
+            case Ownership.STARTING:
+                return f"machine {known.name} was lost while it was started here: its process has ended"
+            case Ownership.COMMITTING:
+                return f"machine {known.name} was lost here; whether it is at {known.peer} now is being asked"
+
+    def arrival_failure(self, session_id: str) -> str:
+        """Return why the machine that a session has brought does not run here; empty: it does, or moved on."""
+        known = self.record()
+        if known is None or known.session_id != session_id or known.ownership not in ARRIVED:
+            return ""
+        if self.machine is None:
+            return "" if known.ownership is Ownership.OFF else "its process has ended"
+        return str(self.machine.describe().failure)
+
+    def release(self, ownership: Ownership) -> None:
+        """Record that the machine is not needed here any more (RELEASED or OFF), and let it go."""
+        known = self.record()
+        if known is not None:
+            record.write(self.record_path, replace(known, ownership=ownership))
+        machine, self.machine = self.machine, None
+        if machine is not None:
+            machine.shutdown()
+            shutil.rmtree(machine.directory, ignore_errors=True)
 
     def _boot(self, spec: MachineSpec, incarnation: int) -> str:
         uuid = spec.uuid or str(uuid4())
@@ -202,13 +228,6 @@ class Host:
             yield
         finally:
             self.end_migration()
-
-    def drop_machine(self) -> None:
-        """End the machine process that is still held, if any, and forget it."""
-        machine, self.machine = self.machine, None
-        if machine is not None:
-            machine.shutdown()
-            shutil.rmtree(machine.directory, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the state directory; the machine goes on."""

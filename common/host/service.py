@@ -29,12 +29,13 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
     ) -> host_pb2.GetMachineResponse:
         """Describe daemon and machine."""
         host = self.host
+        machine = host.machine
         record = host.record()
-        gone = record is not None and record.ownership is Ownership.GONE
+        gone = record is not None and record.ownership in (Ownership.GONE, Ownership.RELEASED)
         return host_pb2.GetMachineResponse(
             role=host.role,
             version=VERSION,
-            machine=host.machine.describe() if host.machine is not None else None,
+            machine=machine.describe() if machine is not None else None,
             session_id=host.session_id,
             migrating=host.migrating,
             gone_to=record.peer if gone and record is not None else "",
@@ -77,8 +78,9 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         """End the machine."""
         self.host.require_machine()
         with self.host.not_migrating():
-            self.host.drop_machine()
-            self.host.record_path.unlink(missing_ok=True)
+            record = self.host.record()
+            gone = record is not None and record.ownership is Ownership.GONE
+            self.host.release(Ownership.RELEASED if gone else Ownership.OFF)
         self.host.events.publish(machine_state="off")
         return host_pb2.StopMachineResponse()
 

@@ -167,9 +167,12 @@ class Client:
                 send(self._sock, {"method": method, "params": params}, payload, fds)
                 reply = receive(self._sock)
             except OSError as error:
-                if self._sock.fileno() >= 0 or isinstance(error, ClosedError):
-                    raise
-                raise ClosedError("the connection was closed here") from error
+                # The answer may still come: nobody may take it for that of a later request.
+                closed_here = self._sock.fileno() < 0
+                self._sock.close()
+                if closed_here and not isinstance(error, ClosedError):
+                    raise ClosedError("the connection was closed here") from error
+                raise
         if "error" in reply.header:
             raise RequestError(reply["error"]["reason"], reply["error"]["message"])
         reply.header = reply.header.get("result", {})

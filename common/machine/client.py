@@ -179,10 +179,23 @@ class MachineClient:
         """Let them run; a machine that runs goes on."""
         self._client.call("resume")
 
-    def record(self, ownership: Ownership, *, session_id: str = "", peer: str = "", incarnation: int = 0) -> None:
-        """Make a decision about its owner durable; `incarnation` 0 keeps it."""
+    def record(
+        self,
+        ownership: Ownership,
+        *,
+        session_id: str = "",
+        peer: str = "",
+        incarnation: int = 0,
+        judged: bool = True,
+    ) -> None:
+        """Make a decision about its owner durable (see `common.machine.record`); `incarnation` 0 keeps it."""
         self._client.call(
-            "record", ownership=ownership.value, session_id=session_id, peer=peer, incarnation=incarnation
+            "record",
+            ownership=ownership.value,
+            session_id=session_id,
+            peer=peer,
+            incarnation=incarnation,
+            judged=judged,
         )
 
     def guest_gap_us(self) -> int | None:

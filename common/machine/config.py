@@ -65,7 +65,7 @@ _FAULT = re.compile(r"unlogged|fail_load|fail_logging_start|fail_logging_report|
 _COMMON_KNOBS: dict[str, tuple[Check, Any]] = {
     # Sums of 1 (STOP_COPY), 2 (P2P) and 4 (PRE_COPY) that a device may have.
     "migration_flags": (choice(0, 1, 3, 5, 7), None),
-    "load_delay_ms": (integer(0, 600_000), None),
+    "load_delay_ms": (integer(0, 30_000), None),
     "log_max_bits": (integer(12, 64), None),
     "log_max_ranges": (integer(1, 65_536), None),
     "log_page_sizes": (sizes(PAGE_SIZE, GIB, limit=16), None),

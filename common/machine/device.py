@@ -33,6 +33,8 @@ VFIO_PCI_MSIX_IRQ_INDEX = 2
 VFIO_IRQ_SET_DATA_EVENTFD_ACTION_TRIGGER = 0x24
 VFIO_REGION_INFO_FLAG_READ = 1
 READ_SIZE = 1 << 20
+# A device that does not answer for so long has died; loading a state may take it half of that.
+REQUEST_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,11 @@ class Pending:
 
     vectors: tuple[int, ...] = ()
     doorbells: tuple[int, ...] = ()
+
+    def __or__(self, other: Pending) -> Pending:
+        return Pending(
+            tuple(sorted({*self.vectors, *other.vectors})), tuple(sorted({*self.doorbells, *other.doorbells}))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +171,7 @@ class AttachedDevice:
         )
         extension = self.client.extension
         dump = self._hash_dump() if extension is not None and extension.comparable_dump else 0
-        return Digest(xxhash.xxh3_64_intdigest(self.config_space()), bars, dump, compared=True)
+        return Digest(xxhash.xxh3_64_intdigest(self.config_space()), bars, dump, compared=bool(bars or dump))
 
     def _hash_bar(self, index: int, size: int) -> int:
         state = xxhash.xxh3_64()
@@ -229,4 +236,4 @@ def connect_device(
         if time.monotonic() > deadline:
             raise TimeoutError(f"{spec.name}: has not come up in {timeout:.0f} s")
         time.sleep(0.002)
-    return AttachedDevice(spec, VfioUserClient.connect(path, name=spec.name), process)
+    return AttachedDevice(spec, VfioUserClient.connect(path, name=spec.name, timeout=REQUEST_SECONDS), process)

@@ -46,6 +46,7 @@ class Machine:
         """Build it, standing still: empty if `incoming`, else with its image in RAM."""
         self.spec = spec
         self.state = "incoming" if incoming else "paused"
+        self.arrives = incoming  # until it was committed to this host
         self.failure = ""
         self.lock = threading.RLock()
         self.turn = Turn()

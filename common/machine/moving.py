@@ -6,6 +6,7 @@ a daemon begins one and undone by `end`, on demand or because the daemon has gon
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,10 @@ class Leaving:
         """Return vCPU state, config spaces, and what was pending, which is taken out of the eventfds."""
         devices = self._machine.devices
         configs = {name: device.config_space() for name, device in devices.items()}
-        pending = {name: device.drain() for name, device in devices.items()}
+        # A machine that came paused has not signalled yet what was pending when it came.
+        pending = {
+            name: device.drain() | self._machine.pending.get(name, Pending()) for name, device in devices.items()
+        }
         self._machine.pending = pending
         return self._machine.vcpus.state_out(), configs, pending
 
@@ -217,9 +221,9 @@ class Arriving:
         for name, its in pending.items():
             device = devices[name]
             if max(its.vectors, default=-1) >= len(device.interrupts):
-                raise OSError(22, f"{name}: has no interrupt vector {max(its.vectors)}")
+                raise OSError(errno.EINVAL, f"{name}: has no interrupt vector {max(its.vectors)}")
             if max(its.doorbells, default=-1) >= len(device.doorbells):
-                raise OSError(22, f"{name}: has no doorbell {max(its.doorbells)}")
+                raise OSError(errno.EINVAL, f"{name}: has no doorbell {max(its.doorbells)}")
         with ThreadPoolExecutor(max(len(devices), 1)) as pool:
             list(pool.map(lambda device: device.enter(DeviceState.STOP), devices.values()))
         for name, config in configs.items():
@@ -229,8 +233,10 @@ class Arriving:
         self._paused = paused
 
     def take_over(self) -> None:
-        """Make it a machine of this host, and start it unless it came paused."""
+        """Make it a machine of this host, and start it unless it came paused. OSError if it has failed meanwhile."""
         if self._machine.state == "incoming":
             self._machine.state = "paused"
             if not self._paused:
                 self._machine.resume()
+        elif self._machine.state == "failed":
+            raise OSError(errno.EINVAL, f"the machine has failed: {self._machine.failure}")

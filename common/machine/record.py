@@ -20,14 +20,19 @@ class Ownership(StrEnum):
 
     OWNER = "OWNER"  #: this host; it was booted here or has arrived here for good
     COMMITTING = "COMMITTING"  #: a COMMIT may have been sent; the peer decides
-    GONE = "GONE"  #: the peer
+    GONE = "GONE"  #: the peer; the copy here is kept
+    RELEASED = "RELEASED"  #: the peer; the copy here was let go
     COMMITTED = "COMMITTED"  #: this host, by a COMMIT; nothing has left STOP yet
     STARTING = "STARTING"  #: this host; devices may have left STOP
+    OFF = "OFF"  #: nobody: its operator has ended it here
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One decision. `incarnation` grows with every handover; `directory` is the machine process's."""
+    """One decision. `incarnation` grows with every handover; `directory` is the machine process's.
+
+    `judged`: the verifier has passed the machine, or was off; the copy here is not needed once it runs at the peer.
+    """
 
     machine_uuid: str
     name: str
@@ -36,6 +41,7 @@ class Record:
     directory: str
     session_id: str = ""
     peer: str = ""
+    judged: bool = True
 
 
 def read(path: Path) -> Record | None:

@@ -98,7 +98,7 @@ class MachineService:
         with self._lock:
             if self.committed:
                 return
-            if self.machine.state == "incoming":
+            if self.machine.arrives:
                 self.ended.set()
             elif self.leaving is not None:
                 leaving, self.leaving = self.leaving, None
@@ -107,7 +107,7 @@ class MachineService:
                 except OSError as error:
                     self.machine.fail(f"it could not go on after a migration that has ended: {error}")
 
-    def record(self, ownership: Ownership, session_id: str, peer: str, incarnation: int) -> None:
+    def record(self, ownership: Ownership, session_id: str, peer: str, incarnation: int, *, judged: bool) -> None:
         """Write a decision down, and act on it: a machine that is gone is not started again."""
         spec = self.machine.spec
         self.incarnation = incarnation or self.incarnation
@@ -121,9 +121,11 @@ class MachineService:
                 directory=str(self._directory),
                 session_id=session_id,
                 peer=peer,
+                judged=judged,
             ),
         )
         self.committed = ownership is not Ownership.OWNER
+        self.machine.arrives = False
         if ownership is Ownership.COMMITTING:
             self._state_before, self.machine.state = self.machine.state, "handing over"
         elif ownership is Ownership.GONE:
@@ -211,7 +213,9 @@ class _Connection:
 
     def record(self, request: Message) -> None:
         ownership = Ownership(request["ownership"])
-        self._service.record(ownership, request["session_id"], request["peer"], request["incarnation"])
+        self._service.record(
+            ownership, request["session_id"], request["peer"], request["incarnation"], judged=request["judged"]
+        )
 
     def report(self, _: Message) -> dict[str, Any]:
         return self._machine.vcpus.report()

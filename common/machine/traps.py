@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from common import hooks
-from common.ipc.channel import Handler, Message
+from common.ipc.channel import Handler, Message, RequestError
 from common.machine.board import Bar
 
 if TYPE_CHECKING:
@@ -59,4 +60,16 @@ def traps(machine: Machine) -> dict[str, Handler]:
         machine.devices[request["device"]].guest_enable()
 
     handlers = (mmio_read, mmio_write, mmio_block_read, iommu_map, iommu_unmap, irq_enable)
-    return {handler.__name__: handler for handler in handlers}
+    return {handler.__name__: _refusing(handler) for handler in handlers}
+
+
+def _refusing(handler: Handler) -> Handler:
+    """Refuse what a guest must not ask for, instead of taking it for a defect of the machine."""
+
+    def refusing(request: Message) -> Message | Mapping[str, Any] | None:
+        try:
+            return handler(request)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise RequestError("EINVAL", f"{type(error).__name__}: {error}") from error
+
+    return refusing

@@ -89,7 +89,7 @@ def _abort(context: grpc.ServicerContext, error: Exception, method: str) -> None
 
 
 class Server:
-    """A server that listens; `address` is where, with the port that was bound."""
+    """A server; `address` is where it listens, with the port that was bound."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Server:
         register: Callable[[grpc.Server], None],
         services: Sequence[str],
     ) -> None:
-        """Bind `listen` (HOST:PORT, port 0: any) and start; raise OSError if that port cannot be had."""
+        """Bind `listen` (HOST:PORT, port 0: any); raise OSError if that port cannot be had."""
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="rpc"),
             interceptors=[_Refusals()],
@@ -120,6 +120,9 @@ class Server:
         if port == 0:
             raise OSError(f"cannot listen on {listen}")
         self.address = f"{host}:{port}"
+
+    def start(self) -> None:
+        """Serve."""
         self._server.start()
 
     def stop(self, grace: float) -> None:

@@ -151,7 +151,7 @@ def test_an_unmap_tells_what_either_log_knows(rig: Callable[..., Rig]) -> None:
     device = running_nic(rig)
     at = 1 << 32
     device.map_ram(at, 16 * PAGE, 32 * PAGE)
-    device.client.logging_start(PAGE, [Range(at, 16 * PAGE)])
+    device.client.logging_start(PAGE, [Range(at, 4 * PAGE)])
     device.post((at + 3 * PAGE, 64, 0, 0, 0, 0))
     device.wait_head(1)
     device.client.iommu_dirty_start(PAGE)

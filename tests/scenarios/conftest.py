@@ -10,7 +10,7 @@ import pytest
 # Scenarios are played with the daemons of the journeys.
 sys.path.insert(0, str(Path(__file__).parent.parent / "journeys"))
 
-from stage import Stage  # noqa: E402 - it needs the path
+from stage import Stage
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from rig import Hold, Rig, assert_completed, machine_toml, wait_for
 from switchover.v1 import host_pb2
@@ -25,7 +26,7 @@ from common.guest.programs.driver_nvme import NvmeDriver, NvmeKnobs
 from common.guest.programs.iova import TOP
 from common.guest.programs.program import Area
 from common.machine.board import AREA_SIZE, FIRST_AREA
-from common.machine.client import MachineClient
+from common.machine.client import Changes, MachineClient, MappingChange
 from common.memory.layout import PAGE_SIZE
 from common.memory.ram import GuestRam
 from console.report import report
@@ -123,19 +124,32 @@ class Stage:
     def end(self, session: str) -> host_pb2.MigrationResult:
         """Return a migration's result; the machine is `here` again, and runs."""
         result = self.here.follow(session)
+        wait_for(lambda: self._is_settled(), "it does not end")
         if self.there.look().HasField("machine"):
             if self.here.look().HasField("machine"):
                 # Both copies are kept after a late mismatch; the operator decides for the one that was moved.
                 self.here.stub.StopMachine(host_pb2.StopMachineRequest(), timeout=20)
             self.here, self.there = self.there, self.here
             self.here.stub.Resume(host_pb2.ResumeRequest(), timeout=20)
-        wait_for(lambda: not (self.here.look().migrating or self.there.look().migrating), "it does not end")
         return result
+
+    def _is_settled(self) -> bool:
+        try:
+            return not (self.here.look().migrating or self.there.look().migrating)
+        except grpc.RpcError:
+            # A machine that is being ended does not answer.
+            return False
 
     def machine(self) -> MachineClient:
         """Connect to the machine process, behind the daemon's back."""
         record = json.loads((self.here.state_dir / "record.json").read_text())
         return MachineClient.connect(Path(record["directory"]))
+
+    def remap(self, gone: MappingChange | None, back: MappingChange | None) -> None:
+        """Change the machine's mappings."""
+        machine = self.machine()
+        machine.change_mappings(Changes((gone,) if gone else (), (back,) if back else ()))
+        machine.close()
 
     def counter(self, program: str, name: str) -> int:
         """Return a counter of a guest's program; fail if a program has found something wrong."""

@@ -102,26 +102,28 @@ class TestFailedThenRetry(Scenario):
 class TestLateDma(Scenario):
     """A device writes after the last transfer (propolis #253).
 
-    Guard: a device in STOP does nothing, also if somebody has rung. What it writes all the same comes after all was
-    compared, so only the second reading of the stopped RAM can show it.
+    Guard: a device in STOP does nothing, whatever it was told to do before. What it writes all the same comes after all
+    was compared, so only the second reading of the stopped RAM can show it.
     """
 
     GUARD = "late-dma"
-    MACHINE = driven("nvme")
+    LATENCY = 1.5
+    MACHINE = driven("nvme", f"latency_us = {LATENCY * 1e6:.0f}")
     WRITER = "nvme0"
 
     def play(self, stage: Stage, *, guarded: bool) -> host_pb2.MigrationResult:
-        with stage.held("device.rung") as rung, stage.held("source.handover") as compared:
-            rung()
+        with stage.held("source.switchover") as at_the_end, stage.held("source.handover") as compared:
             session = stage.begin()
+            at_the_end()
+            # As soon as a batch is finished the next one is posted, and takes its time.
+            stage.wait_for_more("driver0", "finished", 1)
+            at_the_end.release()
             compared()
-            written = stage.held("nvme0-dma-written")
-            rung.release()
-            if guarded:
-                time.sleep(0.2)
-            else:
-                written()
-            written.release()
+            with stage.held("nvme0-dma-written") as written:
+                if guarded:
+                    time.sleep(self.LATENCY)
+                else:
+                    written()
         return stage.end(session)
 
     def check_mismatches(self, result: host_pb2.MigrationResult, told: str) -> None:

@@ -183,3 +183,17 @@ def test_discarding_forgets_a_part_and_nothing_beside_it() -> None:
     assert [iova for iova in (0, edge - PAGE, edge, edge + PAGE, 1 << 39) if log.report(iova, PAGE, PAGE)[0]] == [
         0, edge + PAGE, 1 << 39,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [PAGE, 2 * PAGE])
+@pytest.mark.parametrize("before", [0, 1, 8, 13])
+def test_a_report_of_whole_windows_wherever_it_begins(before: int, size: int) -> None:
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, 1 << 40)])
+    marked = [WINDOW - 8 * PAGE, WINDOW, WINDOW + 5 * PAGE, 2 * WINDOW - PAGE, 2 * WINDOW, 3 * WINDOW + 7 * PAGE]
+    for iova in marked:
+        log.mark(iova, 1)
+    first = WINDOW - before * PAGE
+    found = pages_of(log.report(first, 3 * WINDOW, size))
+    assert found == {(iova - first) // size for iova in marked if iova >= first}
+    assert log.report(0, 1 << 30, PAGE).count(0) == (1 << 15) - (before < 8)

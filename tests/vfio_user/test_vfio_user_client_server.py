@@ -290,9 +290,12 @@ def test_dirty_bits_of_an_iommu_are_not_the_devices_log() -> None:
 
 
 def test_without_the_extension_there_is_no_iommu_to_ask() -> None:
-    with connected(FakeDevice()) as client:
+    device = FakeDevice()
+    device.iommu.start(PAGE, [Range(0, 1 << 30)])
+    with connected(device) as client:
         assert refused(lambda: client.iommu_dirty_start(PAGE)) == errno.EINVAL
         assert refused(client.iommu_dirty_stop) == errno.EINVAL
+        assert device.iommu.active
         assert refused(lambda: client.iommu_dirty_report(0, PAGE, PAGE)) == errno.EINVAL
 
 

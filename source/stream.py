@@ -1,0 +1,111 @@
+"""One stream to the destination: requests numbered from 1, acks that mean applied, an end that waits for the last.
+
+Page lanes, device data and mapping changes are all this. Our thread sends into a short queue, gRPC's takes from it,
+and a third takes the acks. Whatever ends the stream early is kept, and raised by every later call.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+
+from common.rpc.errors import peer_error
+
+__all__ = ["AckedStream"]
+
+QUEUED_REQUESTS = 4
+
+
+class _Ack(Protocol):
+    @property
+    def applied_sequence(self) -> int: ...
+
+
+Request = TypeVar("Request")
+Response = TypeVar("Response", bound=_Ack)
+
+
+class AckedStream(Generic[Request, Response]):
+    """Failures are `PeerError`, ConnectionError, or what `interrupt` was given."""
+
+    def __init__(
+        self,
+        call: Callable[[Iterator[Request]], Any],
+        on_ack: Callable[[Response], None] = lambda _: None,
+    ) -> None:
+        """`call` opens the gRPC stream for an iterator of requests; `on_ack` sees each ack, in the thread of acks."""
+        self._queue: queue.Queue[Request | None] = queue.Queue(QUEUED_REQUESTS)
+        self._changed = threading.Condition()
+        self._failure: Exception | None = None
+        self._on_ack = on_ack
+        self._applied = 0
+        self.sequence = 0
+        self._responses = call(self._requests())
+        self._acks = threading.Thread(target=self._take_acks, name="acks", daemon=True)
+        self._acks.start()
+
+    def _requests(self) -> Iterator[Request]:
+        while (request := self._queue.get()) is not None:
+            yield request
+
+    def _take_acks(self) -> None:
+        failure: Exception = ConnectionError("the destination has ended a stream")
+        try:
+            for response in self._responses:
+                if not self._applied <= response.applied_sequence <= self.sequence:
+                    failure = ConnectionError(f"the destination acknowledges {response.applied_sequence}, never sent")
+                    break
+                self._on_ack(response)
+                with self._changed:
+                    self._applied = response.applied_sequence
+                    self._changed.notify_all()
+        except grpc.RpcError as error:
+            failure = peer_error(error)
+        finally:
+            self.interrupt(failure)
+
+    def next_sequence(self) -> int:
+        """Return the number for the next request."""
+        self.sequence += 1
+        return self.sequence
+
+    def send(self, request: Request) -> None:
+        """Hand a request over; wait while the destination does not keep up."""
+        while True:
+            self.check()
+            with suppress(queue.Full):
+                self._queue.put(request, timeout=0.1)
+                return
+
+    def check(self) -> None:
+        """Raise what has ended the stream, if anything has."""
+        if self._failure is not None:
+            raise self._failure
+
+    def drain(self) -> None:
+        """Wait until everything that was sent is applied."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._applied == self.sequence)
+            if self._applied != self.sequence:
+                self.check()
+
+    def interrupt(self, failure: Exception) -> None:
+        """End it with a failure, for all who wait and all who come; the first one counts."""
+        with self._changed:
+            self._failure = self._failure or failure
+            self._changed.notify_all()
+
+    def close(self, *, abort: bool) -> None:
+        """End the stream: in good order, or at once."""
+        if abort or self._failure is not None:
+            self._responses.cancel()
+            with suppress(queue.Empty):
+                while True:
+                    self._queue.get_nowait()
+        self._queue.put(None)
+        self._acks.join()
