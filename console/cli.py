@@ -78,6 +78,13 @@ def _address(text: str) -> str:
     return text
 
 
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not text or (path.exists() and not path.is_dir()):
+        raise typer.BadParameter(f'"{text}" is not a directory')
+    return path
+
+
 Address = Annotated[str, typer.Argument(parser=_address, metavar="HOST:PORT", help="The daemon's address.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 VerifyOption = Annotated[
@@ -89,7 +96,12 @@ Listen = Annotated[
 ]
 StateDir = Annotated[
     Path | None,
-    typer.Option(file_okay=False, help="Where records of handovers and machines live; it must outlive the daemon."),
+    typer.Option(
+        parser=_directory,
+        metavar="DIRECTORY",
+        help="Where machines and records of handovers live; it must outlive the daemon. "
+        "Default: switchover/ROLE in $XDG_STATE_HOME or ~/.local/state.",
+    ),
 ]
 MachineFile = Annotated[
     Path | None, typer.Option("--machine", dir_okay=False, help="The machine to start (machine.toml).")
@@ -156,12 +168,12 @@ def migrate(
         float | None,
         typer.Option(parser=_positive(parse_duration), metavar="DURATION", help="Longest time before the switchover."),
     ] = None,
-    max_rounds: Annotated[int | None, typer.Option(min=1, help="Most rounds of pre-copy.")] = None,
+    max_rounds: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Most rounds of pre-copy.")] = None,
     on_timeout: Annotated[OnTimeout, typer.Option(help="What to do when such a limit is reached.")] = OnTimeout.CANCEL,
     auto_converge: Annotated[
         bool, typer.Option("--auto-converge", help="Slow the vCPUs down if the link cannot keep up.")
     ] = False,
-    lanes: Annotated[int, typer.Option(min=1, max=64, help="Streams that carry pages side by side.")] = 1,
+    lanes: Annotated[int, typer.Option(min=1, max=16, help="Streams that carry pages side by side.")] = 1,
     compress: Annotated[bool, typer.Option("--compress", help="Compress pages with lz4.")] = False,
     on_mismatch: Annotated[
         OnMismatch, typer.Option(help="With --verify deferred: what to do with a machine whose memory differs.")
@@ -191,8 +203,13 @@ def migrate(
         compress=compress,
         continue_on_mismatch=on_mismatch is OnMismatch.CONTINUE,
     )
-    with daemon(source) as stub:
-        result = run(stub, request, open_progress(Console(stderr=True)))
+    try:
+        with daemon(source) as stub:
+            result = run(stub, request, open_progress(Console(stderr=True)))
+    except CommandError as error:
+        if as_json:
+            _print_json({"result": "failed", "error": str(error)})
+        raise
     if as_json:
         from console.report import report
 

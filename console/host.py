@@ -24,7 +24,9 @@ def run(listen: str, machine: Path | None, state_dir: Path | None, device_kinds:
     try:
         spec = parse(machine) if machine is not None else None
         host = Host("host", state_dir, device_kinds)
-    except (ConfigError, HostError, OSError) as error:
+    except ConfigError as error:
+        return fail(str(error), 2)
+    except (HostError, OSError) as error:
         return fail(str(error))
     outgoing = SourceServicer(host)
     incoming = MigrationServicer(host)

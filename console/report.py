@@ -15,6 +15,7 @@ def report(result: MigrationResult) -> dict[str, Any]:
     """Return the report: times in milliseconds, sizes in bytes, null where there is nothing to tell."""
     plain = plain_data(result)
     measured = result.guest_gap_ms >= 0
+    stood_still = result.downtime_ms > 0
     containers = plain["dirty_tracking"]
     return {
         "result": result.result,
@@ -25,9 +26,11 @@ def report(result: MigrationResult) -> dict[str, Any]:
         "session_id": result.session_id,
         "machine_uuid": result.machine_uuid,
         "destination": result.destination,
+        "machine_is_at": result.owner,
+        "paused": result.paused,
         "total_ms": plain["total_ms"],
-        "downtime_ms": plain["downtime_ms"],
-        "downtime": plain_data(result.downtime),
+        "downtime_ms": plain["downtime_ms"] if stood_still else None,
+        "downtime": plain_data(result.downtime) if stood_still else None,
         "guest_gap_ms": plain["guest_gap_ms"] if measured else None,
         "guest_gap_error_ms": plain["guest_gap_error_ms"] if measured else None,
         "rounds": plain["rounds"],

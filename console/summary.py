@@ -71,10 +71,16 @@ def _outcome(result: MigrationResult, source: str) -> str:
     why = f": {result.error}" if result.error else ""
     code = f" [{result.reason}]" if result.reason else ""
     if result.result == "completed":
-        return f"Completed in {took}: the machine has moved from {source} to {result.destination}{why}{code}."
+        paused = " It was paused, and is paused there." if result.paused else ""
+        return f"Completed in {took}: the machine has moved from {source} to {result.destination}{why}{code}.{paused}"
     if result.result == "cancelled":
         return f"Cancelled after {took}{why}{code}. The machine goes on at {source}."
-    return f"Failed after {took}{why}{code}."
+    where = {
+        "source": f"The machine goes on at {source}.",
+        "destination": f"The machine is at {result.destination}.",
+        "undecided": f"Whether the machine is at {source} or {result.destination} is not decided yet.",
+    }
+    return f"Failed after {took}{why}{code}. {where.get(result.owner, '')}".rstrip()
 
 
 def _verification(result: MigrationResult) -> str:
@@ -114,6 +120,8 @@ def _downtime(result: MigrationResult) -> str:
 
 def _guest_gap(result: MigrationResult) -> str:
     if result.guest_gap_ms < 0:
+        if result.paused:
+            return "It stood still before and stands still now, so the guest has measured nothing."
         return "No program in the guest keeps time, so there is no measurement from the inside."
     return (
         f"The guest's own clock program saw a gap of {format_duration(result.guest_gap_ms)} "

@@ -183,7 +183,8 @@ class Arrival:
         self._check_complete(request)
         try:
             vcpu = json.loads(request.vcpu_json)
-        except ValueError as error:
+            self._run = int(vcpu["runs"]) + 1
+        except (KeyError, TypeError, ValueError) as error:
             raise _bad(f"vCPU state: {error}") from error
         assert self._machine is not None
         self._paused = request.paused
@@ -316,7 +317,7 @@ class Arrival:
         deadline = time.monotonic() + IDLE_SECONDS
         while not self._paused and self.guest_gap_us is None and time.monotonic() < deadline:
             try:
-                self.guest_gap_us = self._machine.guest_gap_us()
+                self.guest_gap_us = self._machine.guest_gap_us(self._run)
             except (ClosedError, RequestError):
                 return
             time.sleep(0.005)

@@ -44,6 +44,7 @@ class Account:
             destination=request.destination,
             verify=migration_pb2.VerifyMode.Name(request.verify).removeprefix("VERIFY_MODE_").lower(),
             verified="false",
+            owner="source",
             guest_gap_ms=-1,
         )
         self._events = events

@@ -20,7 +20,9 @@ def run(listen: str, machine: Path | None, state_dir: Path | None) -> int:
     try:
         spec = parse(machine) if machine is not None else None
         host = Host("source", state_dir)
-    except (ConfigError, HostError, OSError) as error:
+    except ConfigError as error:
+        return fail(str(error), 2)
+    except (HostError, OSError) as error:
         return fail(str(error))
     servicer = SourceServicer(host)
     return serve(

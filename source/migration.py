@@ -53,6 +53,8 @@ LONG_CALL_SECONDS, LONG_CALL_SECONDS_PER_GIB = 120.0, 2.0
 GUEST_GAP_SECONDS = 1.0
 WAIT_SECONDS = 0.02
 
+OWNERS = {Ownership.OWNER: "source", Ownership.COMMITTING: "undecided", Ownership.GONE: "destination"}
+
 _log = structlog.get_logger()
 Verify = migration_pb2.VerifyMode
 
@@ -139,6 +141,7 @@ class Migration:
         machine = self._machine
         spec = machine.spec()
         self._running = machine.begin(self.session_id)
+        self._account.result.paused = not self._running
         self._ram = self._held.enter_context(machine.ram(writable=False))
         self._long_call_s = LONG_CALL_SECONDS + self._ram.size / (1 << 30) * LONG_CALL_SECONDS_PER_GIB
         devices = machine.devices()
@@ -410,6 +413,7 @@ class Migration:
         judged = self._request.verify != Verify.VERIFY_MODE_DEFERRED
         self._machine.record(state, session_id=self.session_id, peer=self._address, judged=judged)
         self._ownership = state
+        self._account.result.owner = OWNERS[state]
 
     # done: the verdict, then the machine's copy here is let go.
 
@@ -454,6 +458,8 @@ class Migration:
         result.result = "cancelled" if isinstance(error, CancelledError) else "failed"
         if before_commit or isinstance(error, DataLossError):
             result.verified = "false"
+        result.total_ms = result.total_ms or self._account.elapsed() * 1000
+        result.ram.transferred_bytes = max(result.ram.transferred_bytes, self._account.meter.total_bytes)
         result.reason, result.error = _explain(error, self._address)
         if result.reason == "INTERNAL":
             _log.error("migration failed", session=self.session_id, exc_info=error)

@@ -70,8 +70,11 @@ class SourceServicer(HostServicer):
     def Cancel(self, request: host_pb2.CancelRequest, context: grpc.ServicerContext) -> host_pb2.CancelResponse:
         """End the migration that runs."""
         migration = self._migration
-        if migration is None or not self.host.migrating or request.session_id not in ("", migration.session_id):
-            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NO_MIGRATION", "no such migration runs here")
+        ours = migration is not None and self.host.migrating and self.host.session_id == migration.session_id
+        if migration is None or not ours or request.session_id not in ("", migration.session_id):
+            raise RefusalError(
+                grpc.StatusCode.FAILED_PRECONDITION, "NO_MIGRATION", "no such migration leaves from here"
+            )
         migration.cancel()
         return host_pb2.CancelResponse()
 

@@ -76,11 +76,11 @@ class DmaPort:
             start = iova - mapping.iova
             if hooks.guarded("report-before-data"):
                 mapping.view[start : start + count] = data
-                hooks.reach(self._hook)
+                self._note(iova, count)
                 self._mark(iova, count)
             else:
                 self._mark(iova, count)
-                hooks.reach(self._hook)
+                self._note(iova, count)
                 mapping.view[start : start + count] = data
             return
         source = memoryview(data)
@@ -94,7 +94,7 @@ class DmaPort:
             except OSError as error:
                 raise DmaFault(f"write of {size} bytes at iova 0x{at:x}: {error}") from error
             finally:
-                hooks.reach(self._hook)
+                self._note(at, size)
                 self._mark(at, size)
             done += size
 
@@ -102,9 +102,12 @@ class DmaPort:
         if self.logging:
             self._log.mark(iova, count)
         self._iommu.mark(iova, count)
+
+    def _note(self, iova: int, count: int) -> None:
         if self.journal is not None:
             first = iova // PAGE_SIZE
             self.journal.note(first, (iova + count - 1) // PAGE_SIZE - first + 1)
+        hooks.reach(self._hook)
 
     def _by_message(self) -> MessageDma:
         if self.messages is None:

@@ -35,10 +35,10 @@ def configure_logs() -> None:
     )
 
 
-def fail(message: str) -> int:
-    """Say in one line why the daemon does not run, and return its exit code."""
+def fail(message: str, code: int = 1) -> int:
+    """Say in one line why the daemon does not run, and return its exit code (2: its machine file is wrong)."""
     print(f"switchover: {message}", file=sys.stderr)
-    return 1
+    return code
 
 
 def serve(
@@ -71,6 +71,8 @@ def serve(
         print(f"switchover {host.role}: {said}", flush=True)
         ended.wait()
         closing()
+        if host.machine is not None:
+            print(f"switchover {host.role}: the machine goes on", flush=True)
     except (HostError, RequestError, OSError, ValueError) as error:
         return fail(str(error))
     finally:

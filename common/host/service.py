@@ -38,7 +38,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
             machine=machine.describe() if machine is not None else None,
             session_id=host.session_id,
             migrating=host.migrating,
-            gone_to=record.peer if gone and record is not None else "",
+            gone_to=record.peer if gone and record is not None and not host.migrating else "",
         )
 
     def Migrate(self, request: host_pb2.MigrateRequest, context: grpc.ServicerContext) -> host_pb2.MigrateResponse:

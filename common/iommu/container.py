@@ -80,7 +80,7 @@ class Container:
             raise ValueError(f"{name}: traits do not belong to the devices")
         self.name = name
         self.turn = turn or Turn()
-        self.method: Method = choose(traits if guarded("untracked-device") else [t for t in traits if t.dma_logging])
+        self.method: Method = choose(traits)
         self._ram = ram
         self._devices = tuple(devices)
         self._viommu = viommu

@@ -194,7 +194,8 @@ class Tracker:
                 reports += 1
         with self._turn:
             arrays = self._tree.arrays()
-            uncovered = self._mark_mapped(arrays, ~self._coverage.mask(arrays.starts, arrays.sizes))
+            unseen = ~self._coverage.mask(arrays.starts, arrays.sizes)
+            uncovered = self._mark_mapped(arrays, unseen & hooks.guarded("untracked-device"))
             self._spent_pages += uncovered
             mapped = int(arrays.sizes[arrays.ram_writable].sum()) // PAGE_SIZE
             pays = self._rearms and not last and rearm_pays(self._spent_pages, uncovered, mapped)

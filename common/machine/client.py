@@ -198,9 +198,10 @@ class MachineClient:
             judged=judged,
         )
 
-    def guest_gap_us(self) -> int | None:
-        """Return the gap that the guest's clock saw across its last pause, None if it has no clock."""
-        gap: int | None = self._client.call("report").header.get("gap_us")
+    def guest_gap_us(self, run: int) -> int | None:
+        """Return the gap that the guest's clock saw before its run number `run`; None if it has seen none (yet)."""
+        report = self._client.call("report").header
+        gap: int | None = report["gap_us"] if report["gap_run"] == run else None
         return gap
 
     def shutdown(self) -> None:

@@ -64,6 +64,8 @@ def peer_error(error: grpc.RpcError) -> PeerError:
         return PeerError(reason, _first_line(text), code)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return PeerError("NOT_SWITCHOVER", "what answers there is not a Switchover daemon that can do this", code)
+    if code is grpc.StatusCode.UNAVAILABLE and "HTTP/2" in text:
+        return PeerError("NOT_SWITCHOVER", "what answers there is not a Switchover daemon", code)
     if code is grpc.StatusCode.UNAVAILABLE:
         return PeerError("UNREACHABLE", f"cannot be reached: {_first_line(text)}", code)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

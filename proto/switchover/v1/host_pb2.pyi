@@ -775,6 +775,8 @@ class MigrationResult(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     MAPPINGS_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
     result: _builtins.str
     """"completed", "cancelled" or "failed"."""
     verified: _builtins.str
@@ -805,6 +807,10 @@ class MigrationResult(_message.Message):
     """Whether vCPUs were slowed down, and how far at most, in percent."""
     mappings: _builtins.int
     """Mappings of the vIOMMU that moved."""
+    owner: _builtins.str
+    """Where the machine is now: "source", "destination", or "undecided" until the destination has answered."""
+    paused: _builtins.bool
+    """The machine was paused by its user, and still is."""
     @_builtins.property
     def downtime(self) -> Global___Downtime:
         """Its parts."""
@@ -853,10 +859,12 @@ class MigrationResult(_message.Message):
         session_id: _builtins.str = ...,
         throttle_percent: _builtins.int = ...,
         mappings: _builtins.int = ...,
+        owner: _builtins.str = ...,
+        paused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downtime", b"downtime", "ram", b"ram"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "devices", b"devices", "dirty_tracking", b"dirty_tracking", "downtime", b"downtime", "downtime_ms", b"downtime_ms", "error", b"error", "guest_gap_error_ms", b"guest_gap_error_ms", "guest_gap_ms", b"guest_gap_ms", "machine_uuid", b"machine_uuid", "mappings", b"mappings", "mismatched_pages", b"mismatched_pages", "mismatches", b"mismatches", "ram", b"ram", "reason", b"reason", "result", b"result", "rounds", b"rounds", "session_id", b"session_id", "throttle_percent", b"throttle_percent", "total_ms", b"total_ms", "verified", b"verified", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "devices", b"devices", "dirty_tracking", b"dirty_tracking", "downtime", b"downtime", "downtime_ms", b"downtime_ms", "error", b"error", "guest_gap_error_ms", b"guest_gap_error_ms", "guest_gap_ms", b"guest_gap_ms", "machine_uuid", b"machine_uuid", "mappings", b"mappings", "mismatched_pages", b"mismatched_pages", "mismatches", b"mismatches", "owner", b"owner", "paused", b"paused", "ram", b"ram", "reason", b"reason", "result", b"result", "rounds", b"rounds", "session_id", b"session_id", "throttle_percent", b"throttle_percent", "total_ms", b"total_ms", "verified", b"verified", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -792,7 +792,7 @@ class ChunkMismatch(_message.Message):
     chunk: _builtins.int
     """Chunk number: offset in RAM divided by 2 MiB."""
     page_digests: _builtins.bytes
-    """xxh3_64 of each page as the destination has it, 8 bytes each, little-endian."""
+    """xxh3_64 of each page as the destination has it, 8 bytes each, little-endian; empty: only the chunk is known."""
     def __init__(
         self,
         *,
