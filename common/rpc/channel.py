@@ -6,12 +6,7 @@ hundreds of milliseconds behind the lane's unacknowledged bytes.
 
 from __future__ import annotations
 
-import os
-
 import grpc
-
-# gRPC's core writes its own lines to standard error, in front of the one that we say; read at its first use.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 __all__ = ["BULK_OPTIONS", "MAX_MESSAGE", "open_bulk_channel", "open_channel"]
 
