@@ -23,13 +23,15 @@ __all__ = ["growth", "idle", "memory"]
 
 GIB = 1 << 30
 VERIFICATIONS = {"strict": VERIFY_MODE_STRICT, "deferred": VERIFY_MODE_DEFERRED, "off": VERIFY_MODE_OFF}
+MORE_FILES = ("/usr",)  # the interpreter's own libraries do not fill 4 GiB
 ALL_DEVICES = ("nic", "nvme", "accelerator")
 
 
 @contextmanager
 def two_hosts(ram: int, devices: Sequence[str] = ()) -> Iterator[tuple[str, str, Path]]:
     """Run two host daemons, the first with a machine full of real files; yield their addresses and directory."""
-    lines = ['name = "bench"', "[ram]", f"size = {ram}", f"image = {json.dumps(list(map(str, corpus())))}"]
+    images = json.dumps(list(map(str, [*corpus(), *MORE_FILES])))
+    lines = ['name = "bench"', "[ram]", f"size = {ram}", f"image = {images}"]
     lines += ["[[guest]]", 'program = "clock"']
     for kind in devices:
         lines += ["[[device]]", f'kind = "{kind}"', "[[guest]]", 'program = "driver"', f'device = "{kind}0"']

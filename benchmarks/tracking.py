@@ -299,7 +299,7 @@ def strategies(runs: int, plot: Path | None = None) -> None:
                 spent[behaviour.name][strategy] = seconds * 1e3
                 made.add_row(
                     *(behaviour.name, strategy, f"{requests:.1f}", f"{bitmap_bytes / 1024:.0f}"),
-                    *(f"{pages:.0f}", f"{seconds * 1e3:.2f}"),
+                    *(f"{pages:.1f}", f"{seconds * 1e3:.2f}"),
                 )
     Console(width=120).print(made)
     if plot is not None:

@@ -90,6 +90,7 @@ class Arrival:
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_BUILD", str(error)) from error
         self._machine = machine
         machine.begin(self.session_id)
+        self._host.tell_states(machine)
         self._ram = self._held.enter_context(machine.ram(writable=True))
         for first, count in zip(request.data_first, request.data_pages, strict=True):
             self._ram.populate(first, count)
@@ -150,6 +151,8 @@ class Arrival:
                 loading.check(name, record)
                 if record.data:
                     machine.write_device(name, record.data)
+                elif record.kind == Kind.DEVICE_STATE_KIND_RESTART:
+                    machine.restart_device(name)
                 loading.applied(record)
                 yield migration_pb2.SendDeviceStateResponse(
                     applied_sequence=record.sequence, initial_data_loaded=loading.initial_data_loaded
@@ -400,6 +403,9 @@ class Arrival:
                 self._lose("nothing was heard of the source")
 
 
+_EMPTY_KINDS = (*(Kind.DEVICE_STATE_KIND_INIT_DATA_SENT, Kind.DEVICE_STATE_KIND_RESTART, Kind.DEVICE_STATE_KIND_END),)
+
+
 class _Loading:
     """How far a device is."""
 
@@ -415,13 +421,15 @@ class _Loading:
         if self.ended:
             raise _bad(f"{name}: a record after the end")
         data_kinds = (Kind.DEVICE_STATE_KIND_PRECOPY_DATA, Kind.DEVICE_STATE_KIND_STOP_COPY_DATA)
-        if record.kind not in (*data_kinds, Kind.DEVICE_STATE_KIND_INIT_DATA_SENT, Kind.DEVICE_STATE_KIND_END):
+        if record.kind not in (*data_kinds, *_EMPTY_KINDS):
             raise _bad(f"{name}: unknown record kind {record.kind}")
         if bool(record.data) != (record.kind in data_kinds):
             raise _bad(f"{name}: a record of kind {Kind.Name(record.kind)} with {len(record.data)} bytes")
 
     def applied(self, record: migration_pb2.SendDeviceStateRequest) -> None:
         self.sequence = record.sequence
+        if record.kind == Kind.DEVICE_STATE_KIND_RESTART:
+            self.initial_data_loaded = False
         self.initial_data_loaded |= record.kind == Kind.DEVICE_STATE_KIND_INIT_DATA_SENT and self._has_precopy
         self.ended = record.kind == Kind.DEVICE_STATE_KIND_END
 

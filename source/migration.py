@@ -138,6 +138,7 @@ class Migration:
 
     def _setup(self) -> None:
         self._account.phase("setup")
+        hooks.reach("source.setup")
         machine = self._machine
         spec = machine.spec()
         self._running = machine.begin(self.session_id)
@@ -217,7 +218,7 @@ class Migration:
         self._account.phase("precopy")
         hooks.reach("source.precopy")
         self._account.precopy_begins()
-        for stream in self._streams if self._running else ():
+        for stream in self._streams:
             stream.start()
         # Whatever was sent to whom before: of what is in RAM, this destination has nothing.
         unsent = hooks.guarded("second-hop") and hooks.guarded("failed-then-retry")
@@ -267,6 +268,8 @@ class Migration:
 
     def _look(self, number: int, stats: LaneStats) -> RoundFacts:
         account = self._account
+        # Its operator may have paused or resumed it.
+        self._running = self._machine.running()
         elapsed = account.elapsed()
         since = account.facts[-1].elapsed_s if account.facts else account.precopy_began
         dirty_bytes = bitmap.count(self._dirty) * PAGE_SIZE
@@ -298,7 +301,7 @@ class Migration:
         hooks.reach("source.switchover")
         self._stopped_at = time.monotonic()
         with self._account.downtime("pause"):
-            self._machine.pause_vcpus()
+            self._running = self._machine.pause_vcpus()
         hooks.reach("source.paused")
         with self._account.downtime("quiesce"):
             self._machine.quiesce()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
-from common.machine.client import Changes, DeviceInfo, MachineClient, MappingChange
+from common.machine.client import Changes, DeviceInfo, DeviceSizes, MachineClient, MappingChange
 from common.rpc.channel import open_bulk_channel
 from source.limiter import Limiter
 from source.stream import AckedStream
@@ -16,6 +16,7 @@ __all__ = ["DeviceStream", "MappingStream"]
 
 Kind = migration_pb2.DeviceStateKind
 READ_SIZE = 1 << 20
+FAILED_LENGTH = 100 << 30  # QEMU: VFIO_MIG_STOP_COPY_SIZE
 BATCH = 10_000  # mappings in a message
 IDLE_SECONDS = 0.02
 
@@ -72,7 +73,11 @@ def _range(change: MappingChange) -> migration_pb2.MappingRange:
 
 
 class DeviceStream:
-    """Carries one device's migration data, beside everything else, from PRE_COPY to the last byte of STOP_COPY."""
+    """Carries one device's migration data, beside everything else, from PRE_COPY to the last byte of STOP_COPY.
+
+    All of it is of one saving session. If that ends early, because the machine was paused or the device was reset, what
+    was sent is void: a RESTART says so, and the stream goes on with the next session as if nothing had been sent.
+    """
 
     def __init__(
         self,
@@ -100,42 +105,74 @@ class DeviceStream:
         self.stop_copy_bytes = 0
         self._pending_bytes = 0
         self._stop_copy_length = -1
-        self._init_data_sent = False
-        self.initial_data_loaded = not loads_ahead
+        self._loads_ahead = loads_ahead
+        self._buffer_size = READ_SIZE
+        self._session = 0  # of what was read last; 0: there was none
+        self._newest_session = 0  # that we have heard of
+        self._sent_in_session = False
+        self._init_sequence = 0  # of INIT_DATA_SENT in this session, 0: not sent
+        self._loaded_sequence = 0
 
     @property
     def sequence(self) -> int:
         """Number of the last record."""
         return self._stream.sequence
 
+    @property
+    def initial_data_loaded(self) -> bool:
+        """Whether the destination has loaded the initial data of the session that goes on, if it loads ahead at all."""
+        if not self._loads_ahead:
+            return True
+        is_newest = self._newest_session == self._session
+        return is_newest and bool(self._init_sequence) and self._loaded_sequence == self._init_sequence
+
     def _take_ack(self, response: migration_pb2.SendDeviceStateResponse) -> None:
-        if response.initial_data_loaded:
-            self.initial_data_loaded = True
+        # An answer to what was sent before a RESTART has the number of an INIT_DATA_SENT that does not count any more.
+        if response.initial_data_loaded and 0 < self._init_sequence <= response.applied_sequence:
+            self._loaded_sequence = self._init_sequence
 
     def start(self) -> None:
         """Start to read and send what the device offers in PRE_COPY."""
+        self._size_buffer(self._machine.sizes(self.device.name))
         if self.device.has_precopy:
             self._thread.start()
 
     def _precopy(self) -> None:
         try:
             while not self._stopping.is_set():
-                data = self._machine.read_device(self.device.name, READ_SIZE)
-                if data:
-                    self._send(Kind.DEVICE_STATE_KIND_PRECOPY_DATA, bytes(data))
-                    self.precopy_bytes += len(data)
+                data = self._read(Kind.DEVICE_STATE_KIND_PRECOPY_DATA)
+                self.precopy_bytes += len(data)
                 sizes = self._machine.sizes(self.device.name)
                 self._pending_bytes = (sizes.initial_bytes or 0) + (sizes.dirty_bytes or 0)
                 # A device that cannot say how much initial data it has, has sent it when it first has nothing to read.
-                loaded = not data if sizes.initial_bytes is None else sizes.initial_bytes == 0
-                if loaded and not self._init_data_sent:
-                    self._init_data_sent = True
+                sent = not data if sizes.initial_bytes is None else sizes.initial_bytes == 0
+                if sent and sizes.session == self._session != 0 and not self._init_sequence:
+                    self._init_sequence = self._stream.sequence + 1  # first, for the ack may be quick
+                    self._sent_in_session = True
                     self._send(Kind.DEVICE_STATE_KIND_INIT_DATA_SENT)
                 if not data:
                     self._stopping.wait(IDLE_SECONDS)
                 self._stream.check()
         except Exception as error:  # noqa: BLE001  # a thread's failure belongs to the story, which looks at `failure`
             self.failure = error
+
+    def _size_buffer(self, sizes: DeviceSizes) -> None:
+        """Read no more at once than there is, and 1 MiB at most (QEMU: vfio_save_setup)."""
+        self._buffer_size = min(READ_SIZE, sizes.stop_copy_length or READ_SIZE)
+
+    def _read(self, kind: migration_pb2.DeviceStateKind.ValueType) -> bytes:
+        """Read once and send what comes; first say so if it is of another session."""
+        session, data = self._machine.read_device(self.device.name, self._buffer_size)
+        if session != self._session:
+            if self._sent_in_session:
+                self._init_sequence = 0
+                self._sent_in_session = False
+                self._send(Kind.DEVICE_STATE_KIND_RESTART)
+            self._session = self._newest_session = session
+        if data:
+            self._sent_in_session = True
+            self._send(kind, bytes(data))
+        return bytes(data)
 
     def _send(self, kind: migration_pb2.DeviceStateKind.ValueType, data: bytes = b"") -> None:
         self._limiter.take(len(data))
@@ -146,13 +183,16 @@ class DeviceStream:
     def remaining(self) -> int:
         """Ask what the device would have to send if it stopped now, in bytes; raise what went wrong in pre-copy.
 
-        A device that cannot say counts as nothing: to wait for an unknown would be to wait for ever.
+        A device that cannot say counts as nothing: to wait for an unknown would be to wait for ever. One that fails to
+        say it counts as more than fits into any downtime (contract M5).
         """
         if self.failure is not None:
             raise self.failure
-        length = self._machine.sizes(self.device.name).stop_copy_length
+        sizes = self._machine.sizes(self.device.name)
+        self._newest_session = sizes.session
+        length = sizes.stop_copy_length
         self._stop_copy_length = -1 if length is None else length
-        return length or 0
+        return FAILED_LENGTH if sizes.length_failed else length or 0
 
     def progress(self) -> host_pb2.DeviceProgress:
         """Return how far it is."""
@@ -179,8 +219,7 @@ class DeviceStream:
 
     def stop_copy(self) -> None:
         """Send all that is left of a stopped device; return when the destination's device has taken it."""
-        while data := self._machine.read_device(self.device.name, READ_SIZE):
-            self._send(Kind.DEVICE_STATE_KIND_STOP_COPY_DATA, bytes(data))
+        while data := self._read(Kind.DEVICE_STATE_KIND_STOP_COPY_DATA):
             self.stop_copy_bytes += len(data)
         self._send(Kind.DEVICE_STATE_KIND_END)
         self._stream.drain()

@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -73,6 +74,9 @@ class EmulatedDevice(ABC):
 
         `geometry` says what else must be equal in a device that takes its state; `memory` in bytes, a power of two.
         """
+        if not hooks.guarded("device-precopy"):
+            # A device of the same kind that can do less than the one at the other host.
+            knobs = replace(knobs, migration_flags=int(knobs.flags & ~MigrationFlags.PRE_COPY))
         self.name = name
         self.memory = DeviceMemory(memory) if memory else None
         self.registers = RegisterBlock(_REGISTER_BYTES)
@@ -105,11 +109,13 @@ class EmulatedDevice(ABC):
         self._ring = Ring(self.registers, self.dma, self.ENTRY, self.COMPLETION)
         self._engine = Engine(name, self._step)
         self._doorbell_is_shared = False
-        self._migration = Migration(self, _IDENTITY.pack(magic, self.STATE_VERSION, geometry), self.memory, knobs)
+        self._faults = OneTimeFaults(name, knobs.faults)
+        self._migration = Migration(
+            self, _IDENTITY.pack(magic, self.STATE_VERSION, geometry), self.memory, knobs, self._faults
+        )
         self.migration_flags: MigrationFlags = knobs.flags
         self.dma_logging: bool = knobs.dma_logging
         self.extension = Extension(p2p=bool(knobs.flags & MigrationFlags.P2P), iommu_dirty=True, trace=knobs.trace)
-        self._faults = OneTimeFaults(knobs.faults)
 
     # What a kind adds.
 
@@ -165,6 +171,7 @@ class EmulatedDevice(ABC):
 
         Mappings, eventfds and configuration stay, which are the VMM's, and the dirty bits of the IOMMU.
         """
+        self._faults.reach("fail_reset")
         with self._engine.lock:
             self._log.stop()
             self.registers.reset()
@@ -313,6 +320,7 @@ class EmulatedDevice(ABC):
 
     def mig_data_write(self, data: Buffer) -> None:
         """Take the next bytes of a state's stream (see `Migration.write`)."""
+        hooks.reach(f"{self.name}-mig-data-write")
         self._migration.write(data)
 
     def precopy_info(self) -> PrecopyInfo:

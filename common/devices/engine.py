@@ -94,6 +94,8 @@ class Engine:
                 delay = self._step(time.monotonic())
                 poll = listening if self.listening else quiet
             ready = poll.poll(None if delay is None else delay * 1000)
+            if not ready:
+                hooks.reach("device.due")
             if (self.doorbell, select.POLLIN) in ready:
                 hooks.reach("device.rung")
             with contextlib.suppress(BlockingIOError):

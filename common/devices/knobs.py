@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from common import hooks
 from common.vfio.dirty_log import LogLimits
 from common.vfio.migration import DeviceState, MigrationFlags
 
@@ -15,7 +16,8 @@ __all__ = ["Knobs", "OneTimeFaults", "parse"]
 
 _LEGAL_FLAGS = (0, 1, 3, 5, 7)
 _FAIL = "fail:"
-_FAULTS = {"unlogged", "fail_load", "fail_logging_start", "fail_logging_report"}
+_CALLS = ("logging_start", "logging_report", "precopy_info", "data_size", "read", "write", "reset")
+_FAULTS = {"unlogged", "fail_load", *(f"fail_{call}" for call in _CALLS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +27,9 @@ class Knobs:
     `migration_flags`: MigrationFlags as a number instead of the kind's own, 0 for a device that cannot be migrated.
     `log_max_bits`, `log_max_ranges`, `log_page_sizes` (bytes): limits of the DMA log. `load_delay_ms`: what leaving
     RESUMING takes longer than it must. `faults`: "unlogged" (the device forgets to log its DMA), "fail_load" (refuses
-    whatever it is given to load), "fail:STATE" (fails once, with EIO, to enter that state), "fail_logging_start" and
-    "fail_logging_report" (fails once, with EIO, to start or report its log). `trace`: keeps a journal of its writes.
+    once what it is given to load), "fail:STATE" (fails once, with EIO, to enter that state), and "fail_CALL" (fails
+    once, with EIO): "logging_start", "logging_report", "precopy_info", "data_size" (the length of STOP_COPY's data),
+    "read" and "write" (of migration data), "reset". `trace`: keeps a journal of its writes.
     """
 
     KIND_FLAGS: ClassVar[MigrationFlags] = MigrationFlags(0)
@@ -64,23 +67,23 @@ class Knobs:
         """Limits of the device's DMA log."""
         return LogLimits(self.log_max_ranges, self.log_max_bits, self.log_page_sizes)
 
-    @property
-    def failing_states(self) -> set[DeviceState]:
-        """States that the device fails to enter, once each."""
-        return {DeviceState[fault.removeprefix(_FAIL)] for fault in self.faults if fault.startswith(_FAIL)}
-
 
 class OneTimeFaults:
-    """Requests that fail once."""
+    """Requests that fail once, as the knobs of a device say, or a test while it works."""
 
-    def __init__(self, faults: Iterable[str]) -> None:
+    def __init__(self, device: str, faults: Iterable[str]) -> None:
+        self._device = device
         self._waiting = set(faults)
 
     def reach(self, fault: str) -> None:
         """Raise OSError (EIO) if this fault was asked for and has not happened yet."""
-        if fault in self._waiting:
+        if fault in self._waiting or hooks.fails(f"{self._device}.{fault}"):
             self._waiting.discard(fault)
             raise OSError(errno.EIO, f"{fault}: as told")
+
+    def reach_state(self, state: DeviceState) -> None:
+        """Raise OSError (EIO) if the device is to fail once to enter a state."""
+        self.reach(f"{_FAIL}{state.name}")
 
 
 K = TypeVar("K", bound=Knobs)

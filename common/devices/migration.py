@@ -11,7 +11,7 @@ import errno
 import time
 from typing import Protocol
 
-from common.devices.knobs import Knobs
+from common.devices.knobs import Knobs, OneTimeFaults
 from common.devices.stream import DeviceMemory, LoadStream, SaveStream
 from common.vfio.feature import Buffer, PrecopyInfo
 from common.vfio.migration import (
@@ -42,14 +42,20 @@ class MigratedState(Protocol):
 class Migration:
     """The state machine of one device; the caller holds the engine's lock."""
 
-    def __init__(self, device: MigratedState, identity: bytes, memory: DeviceMemory | None, knobs: Knobs) -> None:
+    def __init__(
+        self,
+        device: MigratedState,
+        identity: bytes,
+        memory: DeviceMemory | None,
+        knobs: Knobs,
+        faults: OneTimeFaults,
+    ) -> None:
         self.state = DeviceState.RUNNING
         self._device = device
         self._identity = identity
         self._memory = memory
         self._flags = knobs.flags
-        self._failing = knobs.failing_states
-        self._fail_load = "fail_load" in knobs.faults
+        self._faults = faults
         self._load_delay = knobs.load_delay_ms / 1000
         self._saving: SaveStream | None = None
         self._loading: LoadStream | None = None
@@ -62,9 +68,7 @@ class Migration:
     def set_state(self, target: DeviceState) -> None:
         """Go to `target`, arc by arc; OSError: EINVAL (no way, or a state that cannot be loaded), EIO (injected)."""
         while (step := next_state(self.state, target, self._flags)) is not self.state:
-            if step in self._failing:
-                self._failing.discard(step)
-                raise OSError(errno.EIO, f"entering {step.name} failed")
+            self._faults.reach_state(step)
             self._take_arc(self.state, step)
             self.state = step
 
@@ -80,22 +84,26 @@ class Migration:
         """
         if self._saving is None or self.state not in SAVING_STATES:
             raise OSError(errno.EINVAL, f"nothing to read in {self.state.name}")
+        self._faults.reach("fail_read")
         return self._saving.read(size)
 
     def write(self, data: Buffer) -> None:
         """Take the next bytes of a stream; raise OSError (EINVAL) unless the device is resuming."""
         if self._loading is None or self.state is not DeviceState.RESUMING:
             raise OSError(errno.EINVAL, f"no state is loaded in {self.state.name}")
+        self._faults.reach("fail_write")
         self._loading.write(data)
 
     def precopy_info(self) -> PrecopyInfo:
         """Return what can be read now; raise OSError (EINVAL) outside of pre-copy."""
         if self._saving is None or self.state not in PRECOPY_STATES:
             raise OSError(errno.EINVAL, f"no pre-copy in {self.state.name}")
+        self._faults.reach("fail_precopy_info")
         return self._saving.info()
 
     def stop_copy_length(self) -> int:
         """Return how many bytes STOP_COPY would bring if it came now, in any state."""
+        self._faults.reach("fail_data_size")
         if self._saving is None:
             return SaveStream.length(self._identity, self._memory, self._device.save_state())
         if self.state is DeviceState.STOP_COPY:
@@ -118,9 +126,8 @@ class Migration:
     def _load(self, loading: LoadStream) -> None:
         time.sleep(self._load_delay)
         try:
-            if self._fail_load:
-                raise ValueError("made to fail")
+            self._faults.reach("fail_load")
             self._device.load_state(loading.finish())
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.state = DeviceState.ERROR
             raise OSError(errno.EINVAL, f"the state cannot be loaded: {error}") from error

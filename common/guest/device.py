@@ -36,6 +36,10 @@ class GuestDevice:
         """Turn on memory decoding, bus mastering and MSI-X; enabling again changes nothing."""
         self.traps.call("irq_enable", device=self.name)
 
+    def reset(self) -> None:
+        """Reset the device: it is as it was before anybody set it up, but what was mapped for it stays mapped."""
+        self.traps.call("device_reset", device=self.name)
+
     def read(self, register: int, size: int = 4) -> int:
         """Return a register of 4 or 8 bytes."""
         return int(self.traps.call("mmio_read", gpa=self.bars[REGISTERS_BAR] + register, size=size)["value"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ import structlog
 from common.host.host import Host, HostError
 from common.ipc.channel import RequestError
 from common.rpc.server import Server, tune_allocator
+from common.trace import LOG_LEVEL
 
 __all__ = ["configure_logs", "fail", "serve"]
 
@@ -30,7 +30,7 @@ def configure_logs() -> None:
             structlog.processors.format_exc_info,
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(LOG_LEVEL),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
 

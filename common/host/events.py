@@ -18,7 +18,8 @@ QUEUE_LIMIT = 10_000
 class Events:
     """Events of this daemon: what came before in the watched session first, then the rest as it comes.
 
-    Only the newest progress of a session is kept, so what a session leaves behind is short.
+    Only the newest progress of a session is kept, and nothing of what happens outside of sessions, so what is left
+    behind is short.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,8 @@ class Events:
                 ]
             elif message.HasField("phase") and message.phase == "setup":
                 self._past = []
-            self._past.append(message)
+            if session_id:
+                self._past.append(message)
             for watcher, wanted in self._watchers.items():
                 # A watcher that does not keep up misses progress, but nothing else.
                 behind = watcher.qsize() >= QUEUE_LIMIT

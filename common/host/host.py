@@ -7,15 +7,17 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 import grpc
 import structlog
+from switchover.v1 import host_pb2
 
 from common.host.events import Events
+from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import MachineClient
 from common.machine.config import DEVICE_KINDS, MachineSpec
@@ -125,6 +127,7 @@ class Host:
             name = known.name
             raise HostError(f"{self.directory} holds machine {name}, not {spec.name}; choose another --state-dir")
         self.machine = machine
+        self.tell_states(machine)
         match known.ownership:
             case Ownership.GONE:
                 return f"machine {known.name} has moved to {known.peer}; its copy here is kept"
@@ -187,9 +190,27 @@ class Host:
         uuid = spec.uuid or str(uuid4())
         directory = self.run_directory("boot")
         self.machine = launch(replace(spec, uuid=uuid), directory, self.record_path, incarnation=incarnation)
+        self.tell_states(self.machine)
         self.machine.record(Ownership.OWNER)
         self.machine.resume()
         return f"machine {spec.name} started"
+
+    def tell_states(self, machine: MachineClient) -> None:
+        """Publish each change of a device's migration state from now on, for as long as the machine process lives."""
+        watched = machine.another()
+        last, _ = watched.state_changes(None)
+
+        def tell(last: int) -> None:
+            with suppress(ClosedError, RequestError, OSError):
+                while True:
+                    last, changes = watched.state_changes(last)
+                    for name, state in changes:
+                        session_id = self.session_id if self.migrating else ""
+                        event = host_pb2.DeviceStateEvent(name=name, state=state)
+                        self.events.publish(session_id, device_state=event)
+            watched.close()
+
+        threading.Thread(target=tell, args=(last,), name="device states", daemon=True).start()
 
     def adopt(self, machine: MachineClient) -> None:
         """Take a machine that has arrived."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 
 import grpc
 from switchover.v1 import host_pb2, host_pb2_grpc
 
-from common import hooks
 from common.host.host import Host
+from common.ipc.channel import RequestError
 from common.machine.record import Ownership
 from common.rpc.errors import RefusalError
 
@@ -58,19 +57,24 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
 
     def Pause(self, request: host_pb2.PauseRequest, context: grpc.ServicerContext) -> host_pb2.PauseResponse:
         """Pause the machine."""
-        machine = self.host.require_machine()
-        with self.host.not_migrating():
-            machine.pause()
+        self._steer(self.host.require_machine().pause)
         self.host.events.publish(machine_state="paused")
         return host_pb2.PauseResponse()
 
     def Resume(self, request: host_pb2.ResumeRequest, context: grpc.ServicerContext) -> host_pb2.ResumeResponse:
         """Let the machine run."""
-        machine = self.host.require_machine()
-        with self.host.not_migrating() if hooks.guarded("resume-generation") else nullcontext():
-            machine.resume()
+        self._steer(self.host.require_machine().resume)
         self.host.events.publish(machine_state="running")
         return host_pb2.ResumeResponse()
+
+    def _steer(self, change: Callable[[], None]) -> None:
+        """Pause or resume the machine, also beside a migration; the machine itself refuses it in the switchover."""
+        try:
+            change()
+        except RequestError as error:
+            if error.reason != "EBUSY":
+                raise
+            raise RefusalError(grpc.StatusCode.ABORTED, "MIGRATION_RUNS", str(error)) from error
 
     def StopMachine(
         self, request: host_pb2.StopMachineRequest, context: grpc.ServicerContext

@@ -249,6 +249,15 @@ class Container:
                 self._track(None)
                 tracker.stop()
 
+    def reset(self, reset: Callable[[], None]) -> None:
+        """Carry out the reset of one of the devices in the turn; what its log may lose by that is dirty."""
+        with self._control:
+            if self._tracker is not None:
+                self._tracker.reset(reset)
+                return
+            with self.turn:
+                reset()
+
     @property
     def tracking(self) -> TrackingInfo | None:
         """How DMA is tracked at the moment; None if it is not."""

@@ -7,9 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
+import structlog
+
 from common.machine.config import ConfigError, from_json
 from common.machine.machine import Machine
 from common.machine.service import MachineService
+from common.trace import LOG_LEVEL
 
 
 def main() -> int:
@@ -20,6 +23,7 @@ def main() -> int:
     parser.add_argument("--incarnation", type=int, required=True)
     parser.add_argument("--incoming", action="store_true")
     arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LOG_LEVEL))
     try:
         spec = from_json((arguments.directory / "machine.json").read_bytes())
         machine = Machine(spec, arguments.directory, incoming=arguments.incoming)

@@ -60,11 +60,17 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSizes:
-    """VFIO_MIG_GET_PRECOPY_INFO and MIG_DATA_SIZE, in bytes; None where the device cannot say."""
+    """VFIO_MIG_GET_PRECOPY_INFO and MIG_DATA_SIZE, in bytes; None where the device cannot say.
 
+    `session` is the saving session that they are of, 0: there is none. `length_failed`: the device can say the last of
+    them, and has failed to.
+    """
+
+    session: int
     initial_bytes: int | None
     dirty_bytes: int | None
     stop_copy_length: int | None
+    length_failed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +210,11 @@ class MachineClient:
         gap: int | None = report["gap_us"] if report["gap_run"] == run else None
         return gap
 
+    def state_changes(self, after: int | None) -> tuple[int, list[tuple[str, str]]]:
+        """Wait some seconds for changes of devices' migration states (see `common.machine.state_changes`)."""
+        reply = self._client.call("state_changes", after=after)
+        return reply["last"], [(name, state) for name, state in reply["changes"]]
+
     def shutdown(self) -> None:
         """End the machine process and all that belongs to it; nothing happens if it has ended already."""
         with suppress(ClosedError):
@@ -225,9 +236,18 @@ class MachineClient:
         """Take the devices that can to PRE_COPY."""
         self._client.call("enter_precopy")
 
-    def read_device(self, name: str, size: int) -> Buffer:
-        """Read migration data; empty: nothing now (PRE_COPY) or nothing more (STOP_COPY)."""
-        return self._client.call("read_device", name=name, size=size).payload
+    def running(self) -> bool:
+        """Return whether the machine runs now: its operator may pause and resume it until `pause_vcpus`."""
+        running: bool = self._client.call("running")["running"]
+        return running
+
+    def read_device(self, name: str, size: int) -> tuple[int, Buffer]:
+        """Read migration data: the saving session that it is of (0: there is none), and the data.
+
+        Empty: nothing now (PRE_COPY) or nothing more (STOP_COPY).
+        """
+        reply = self._client.call("read_device", name=name, size=size)
+        return reply["session"], reply.payload
 
     def sizes(self, name: str) -> DeviceSizes:
         """Return how much there is to read."""
@@ -254,9 +274,10 @@ class MachineClient:
         """Slow the vCPUs down."""
         self._client.call("throttle", percent=percent)
 
-    def pause_vcpus(self) -> None:
-        """Stop the vCPUs; every trap is answered by then."""
-        self._client.call("pause_vcpus")
+    def pause_vcpus(self) -> bool:
+        """Stop the vCPUs; every trap is answered by then. Return whether the machine ran; nobody changes that now."""
+        running: bool = self._client.call("pause_vcpus")["running"]
+        return running
 
     def quiesce(self) -> None:
         """Take all devices out of peer-to-peer DMA, then stop all (contract M3)."""
@@ -315,6 +336,10 @@ class MachineClient:
     def write_device(self, name: str, data: Buffer) -> None:
         """Give a device migration data."""
         self._client.call("write_device", data, name=name)
+
+    def restart_device(self, name: str) -> None:
+        """Take a device to RESUMING afresh: what was written to it is void."""
+        self._client.call("restart_device", name=name)
 
     def load(self, vcpu: Mapping[str, Any], devices: Sequence[DeviceConfig], *, paused: bool) -> None:
         """Take all devices out of RESUMING, which validates their state; restore config and vCPU state.

@@ -107,6 +107,7 @@ _PROGRAM_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
         "device": (name, None),
         "remap": (integer(0, 1 << 32), None),  # the driver's own default
         "peer": (name, None),
+        "reset_every": (integer(0, 1 << 32), None),  # only a nic's
     },
 }
 

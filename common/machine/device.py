@@ -6,18 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import xxhash
 
 from common.machine.config import DeviceSpec
-from common.vfio.migration import DeviceState, MigrationFlags
+from common.vfio.feature import Buffer, PrecopyInfo
+from common.vfio.migration import PRECOPY_STATES, SAVING_STATES, DeviceState, MigrationFlags
 from common.vfio_user.client import VfioUserClient
 
-__all__ = ["AttachedDevice", "Digest", "Pending", "start_device"]
+__all__ = ["AttachedDevice", "Digest", "Pending", "ResetFailedError", "ResetInsteadError", "Sizes", "start_device"]
+
+_log = structlog.get_logger()
 
 # PCI configuration space, as far as a VMM must know it.
 CONFIG_REGION = 7
@@ -60,15 +65,48 @@ class Digest:
     compared: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What there is to read of a device: in pre-copy (None outside of it or where it cannot tell), and in STOP_COPY.
+
+    `session` is the saving session, 0 if there is none. `length` None: the device cannot tell; `length_failed`: it can,
+    and did not.
+    """
+
+    session: int
+    precopy: PrecopyInfo | None
+    length: int | None
+    length_failed: bool
+
+
+class ResetInsteadError(OSError):
+    """A device could not change its state, nor go back, and was reset: it is in RUNNING and its state is lost."""
+
+
+class ResetFailedError(OSError):
+    """A device could not even be reset: nobody knows what it does (QEMU: hw_error)."""
+
+
 class AttachedDevice:
-    """One device. State changes go through `enter`; everything else is asked of `client`."""
+    """One device. State changes go through `enter` and `reset`; the rest is asked of `client`.
+
+    A **saving session** lasts from the moment in which the device enters a state that can be read from another, to the
+    one in which it leaves such states. What was read of an earlier session is worth nothing beside a later one, so
+    sessions have numbers, and a read says which one it is of.
+    """
 
     def __init__(self, spec: DeviceSpec, client: VfioUserClient, process: subprocess.Popen[bytes] | None) -> None:
         self.spec = spec
         self.name = spec.name
         self.client = client
         self.process = process
-        self.state = DeviceState.RUNNING
+        self.on_state: Callable[[str, DeviceState], None] = lambda _name, _state: None
+        self.failure: OSError | None = None
+        self._state = DeviceState.RUNNING
+        self._sessions = 0
+        self._read_session = 0  # of the last read
+        # Held by changes of state and by what must not fall into two sessions.
+        self._lock = threading.Lock()
         self.bar_sizes = {region.index: region.size for region in client.regions if region.index < 6 and region.size}
         vectors = next((irq.count for irq in client.irqs if irq.index == VFIO_PCI_MSIX_IRQ_INDEX), 0)
         self.interrupts = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(vectors)]
@@ -88,32 +126,95 @@ class AttachedDevice:
         """Whether there is an IOMMU in front of it whose dirty bits can be asked for."""
         return self.client.extension is not None and self.client.extension.iommu_dirty
 
+    @property
+    def state(self) -> DeviceState:
+        """The migration state as we know it; as in QEMU it is never asked for."""
+        return self._state
+
+    @property
+    def session(self) -> int:
+        """The number of the saving session, 0 if there is none."""
+        return self._sessions if self._state in SAVING_STATES else 0
+
     def enter(self, target: DeviceState, recover: DeviceState = DeviceState.ERROR) -> None:
         """Change the migration state, step by step as the device decides; do nothing if it is there already.
 
-        On failure go to `recover` if that is not ERROR, else or if that fails too reset the device (it is RUNNING
-        then), and raise the first error (QEMU: vfio_migration_set_state; contract M2).
+        On failure go to `recover` if that is not ERROR, else or if that fails too reset the device, and raise the first
+        error, as it is or as `ResetInsteadError` (QEMU: vfio_migration_set_state; contract M2). ResetFailedError if
+        nothing helps.
         """
-        if self.state is target or not self.migration_flags:
-            return
-        try:
-            self.client.set_state(target)
-        except OSError:
-            self._recover(recover)
-            raise
-        self.state = target
+        with self._lock:
+            if self._state is target or not self.migration_flags:
+                return
+            try:
+                self.client.set_state(target)
+            except OSError as error:
+                self._recover(recover, error)
+                raise
+            self._entered(target)
 
-    def _recover(self, recover: DeviceState) -> None:
+    def _recover(self, recover: DeviceState, cause: OSError) -> None:
         if recover is not DeviceState.ERROR:
             try:
                 self.client.set_state(recover)
             except OSError:
                 pass
             else:
-                self.state = recover
+                self._entered(recover)
                 return
-        self.client.reset()
-        self.state = DeviceState.RUNNING
+        self._reset(f"{cause.strerror}; ")
+        raise ResetInsteadError(cause.errno, f"{cause.strerror}; it was reset") from cause
+
+    def _entered(self, state: DeviceState) -> None:
+        if state in SAVING_STATES and self._state not in SAVING_STATES:
+            self._sessions += 1
+        changed, self._state = self._state is not state, state
+        _log.debug("vfio_migration_set_state", device=self.name, state=state.name)
+        if changed:
+            self.on_state(self.name, state)
+
+    def reset(self) -> None:
+        """Reset the device: it is in RUNNING, and its saving session and its log have ended. Else ResetFailedError."""
+        with self._lock:
+            self._reset("")
+
+    def _reset(self, before: str) -> None:
+        try:
+            self.client.reset()
+        except OSError as error:
+            raise ResetFailedError(error.errno, f"{before}{error.strerror}") from error
+        self._entered(DeviceState.RUNNING)
+
+    def read_saved(self, size: int) -> tuple[int, Buffer]:
+        """Return the saving session and what can be read of it, nothing if there is none.
+
+        OSError from the device, or what has kept it out of a session that it should be in.
+        """
+        with self._lock:
+            if self.failure is not None:
+                raise self.failure
+            session = self.session
+            if not session:
+                return 0, b""
+            if self._read_session != session:
+                self._read_session = session
+                copy = self._state is DeviceState.STOP_COPY
+                _log.debug("vfio_save_complete_precopy_start" if copy else "vfio_save_iterate_start", device=self.name)
+            data = self.client.mig_data_read(size)
+            name = "vfio_save_block" if data else "vfio_save_block_precopy_empty_hit"
+            _log.debug(name, device=self.name, state=self._state.name, data_size=len(data), buffer_size=size)
+            return session, data
+
+    def sizes(self) -> Sizes:
+        """Return how much there is to read. OSError from the device, but not of the length, which may be unknown."""
+        with self._lock:
+            precopy = self.client.precopy_info() if self._state in PRECOPY_STATES else None
+            try:
+                length, failed = self.client.stop_copy_length(), False
+            except OSError:
+                length, failed = None, True
+            _log.debug("vfio_state_pending_exact", device=self.name, stop_copy_size=length, precopy=precopy)
+            return Sizes(self.session, precopy, length, failed)
 
     def guest_enable(self) -> None:
         """Do what a guest does to use the device: memory decoding and bus mastering on, MSI-X on."""
@@ -184,7 +285,7 @@ class AttachedDevice:
         self.enter(DeviceState.STOP_COPY, recover=DeviceState.STOP)
         while data := self.client.mig_data_read(READ_SIZE):
             state.update(data)
-        self.enter(DeviceState.STOP)
+        self.enter(DeviceState.STOP, recover=DeviceState.STOP)
         return state.intdigest()
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import structlog
 
+from common import hooks
 from common.iommu.container import Container
 from common.iommu.iova_tree import BarTarget
 from common.iommu.ranges import Strategy
@@ -26,7 +27,15 @@ from common.iommu.viommu import Viommu
 from common.machine.blockers import blockers
 from common.machine.board import AREA_SIZE, FIRST_AREA, Board, image_start, regions
 from common.machine.config import MachineSpec
-from common.machine.device import AttachedDevice, Pending, connect_device, start_device
+from common.machine.device import (
+    AttachedDevice,
+    Pending,
+    ResetFailedError,
+    ResetInsteadError,
+    connect_device,
+    start_device,
+)
+from common.machine.state_changes import StateChanges
 from common.machine.traps import traps
 from common.machine.vcpus import Vcpus
 from common.memory.image import fill
@@ -48,7 +57,13 @@ class Machine:
         self.state = "incoming" if incoming else "paused"
         self.arrives = incoming  # until it was committed to this host
         self.failure = ""
+        # Held by whoever pauses, resumes, or ends a migration. The vCPUs answer a pause when their traps are answered,
+        # so a trap must never wait for it; it takes only `states`.
         self.lock = threading.RLock()
+        # Held by whoever changes the states of devices while vCPUs may run, for which nobody waits who has it.
+        self.states = threading.RLock()
+        self.precopy = False  # devices that can are to be in PRE_COPY while the machine runs
+        self.switching = False  # a migration has it: nobody else pauses or resumes it
         self.turn = Turn()
         self.pending: dict[str, Pending] = {}
         self._closing = False
@@ -67,6 +82,9 @@ class Machine:
         with ThreadPoolExecutor(max(len(started), 1)) as pool:
             self.devices = {device.name: device for device in pool.map(lambda args: connect_device(*args), started)}
         self.board = Board(self.ram.layout, [(device.name, device.bar_sizes) for device in self.devices.values()])
+        self.state_changes = StateChanges()
+        for device in self.devices.values():
+            device.on_state = self.state_changes.note
         self.viommu = Viommu(spec.viommu.address_width) if spec.viommu.enabled else None
         self.containers = {
             name: self._container(name) for name in dict.fromkeys(device.container for device in spec.devices)
@@ -170,17 +188,34 @@ class Machine:
     # Standing still and running.
 
     def pause(self) -> None:
-        """Stop vCPUs and devices; a machine that is paused stays so."""
+        """Stop vCPUs and devices; a machine that is paused stays so, and one that cannot be paused runs on.
+
+        In pre-copy this ends the devices' saving sessions. OSError EBUSY if a migration is in its switchover.
+        """
         with self.lock:
+            self._refuse_if_switching()
             if self.state == "running":
                 self.vcpus.pause()
-                self.quiesce()
-                self.enter_all(DeviceState.STOP)
+                try:
+                    with self.states:
+                        self.quiesce()
+                        self.enter_all(DeviceState.STOP, recover=DeviceState.RUNNING)
+                except OSError:
+                    self.start(despite_resets=True)
+                    raise
                 self.state = "paused"
 
+    def _refuse_if_switching(self) -> None:
+        if (self.switching or self.state == "handing over") and hooks.guarded("resume-generation"):
+            raise OSError(errno.EBUSY, "the machine is in the switchover of a migration")
+
     def resume(self) -> None:
-        """Let devices and vCPUs run; a machine that runs goes on. OSError EINVAL if it has failed or moved."""
+        """Let devices and vCPUs run; a machine that runs goes on.
+
+        In pre-copy new saving sessions begin. OSError: EINVAL if it has failed or moved, EBUSY as `pause`.
+        """
         with self.lock:
+            self._refuse_if_switching()
             if self.state == "running":
                 return
             if self.state not in ("paused", "failed"):
@@ -196,11 +231,13 @@ class Machine:
 
     def quiesce(self) -> None:
         """Take every device out of peer-to-peer DMA; none has stopped yet."""
+        _log.debug("vfio_vmstate_change_prepare", running=False)
         for device in self.devices.values():
             if device.migration_flags & MigrationFlags.P2P:
                 saving = device.state in (DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
                 if saving or device.state in (DeviceState.RUNNING, DeviceState.RUNNING_P2P):
-                    self.enter(device, DeviceState.PRE_COPY_P2P if saving else DeviceState.RUNNING_P2P)
+                    target = DeviceState.PRE_COPY_P2P if saving else DeviceState.RUNNING_P2P
+                    self.enter(device, target, recover=DeviceState.RUNNING)
 
     def enter_all(self, state: DeviceState, recover: DeviceState = DeviceState.ERROR) -> None:
         """Take every device to a state."""
@@ -208,20 +245,75 @@ class Machine:
             self.enter(device, state, recover)
 
     def enter(self, device: AttachedDevice, state: DeviceState, recover: DeviceState = DeviceState.ERROR) -> None:
-        """Take a device to a state, in the machine's turn."""
-        with self.turn:
-            device.enter(state, recover)
+        """Take a device to a state, in the machine's turn; the machine has failed if the device cannot be reset."""
+        try:
+            with self.turn:
+                device.enter(state, recover)
+        except ResetFailedError as error:
+            self.fail(f"a device could not be reset: {error.strerror}")
+            raise
 
-    def start(self) -> None:
-        """Start devices and vCPUs; signal once what was pending when they stopped."""
-        for device in self.devices.values():
-            if device.migration_flags & MigrationFlags.P2P:
-                self.enter(device, DeviceState.RUNNING_P2P)
-        self.enter_all(DeviceState.RUNNING)
+    def start(self, *, despite_resets: bool = False) -> None:
+        """Start devices and vCPUs; signal once what was pending when they stopped.
+
+        A device that fails to go on is told once more, and reset if that fails too. `despite_resets`: the machine goes
+        on with a device that was reset, for it has no other place to be; else ResetInsteadError.
+        """
+        with self.states:
+            for state in (DeviceState.RUNNING_P2P, DeviceState.RUNNING):
+                prepares = state is DeviceState.RUNNING_P2P
+                _log.debug("vfio_vmstate_change_prepare" if prepares else "vfio_vmstate_change", running=True)
+                for device in self.devices.values():
+                    if state is DeviceState.RUNNING or device.migration_flags & MigrationFlags.P2P:
+                        self._go_on(device, state, despite_resets=despite_resets)
+            for device in self.devices.values():
+                self._begin_again(device)
         self.vcpus.run()
         for name, its in self.pending.items():
             self.devices[name].signal(its)
         self.pending = {}
+
+    def _go_on(self, device: AttachedDevice, state: DeviceState, *, despite_resets: bool) -> None:
+        try:
+            self.enter(device, state, recover=state)
+        except ResetFailedError:
+            raise
+        except ResetInsteadError as error:
+            if not despite_resets:
+                raise
+            _log.error("device lost its state", device=device.name, cause=error.strerror)
+        except OSError as error:
+            _log.warning("device went on at the second attempt", device=device.name, cause=error.strerror)
+
+    def enter_precopy(self, device: AttachedDevice) -> None:
+        """Take a device that runs to PRE_COPY, if it can and a migration wants it there; recover RUNNING."""
+        running = device.state in (DeviceState.RUNNING, DeviceState.RUNNING_P2P)
+        if self.precopy and running and device.migration_flags & MigrationFlags.PRE_COPY:
+            self.enter(device, DeviceState.PRE_COPY, recover=DeviceState.RUNNING)
+
+    def _begin_again(self, device: AttachedDevice) -> None:
+        """Begin a new saving session after one has ended; a failure is the migration's, which reads it."""
+        try:
+            self.enter_precopy(device)
+        except ResetFailedError:
+            raise
+        except OSError as error:
+            device.failure = error
+
+    def reset_device(self, name: str) -> None:
+        """Reset a device as its guest asks: its saving session begins again, and what its log had is dirty.
+
+        Called in a trap, so it waits for nobody who waits for the vCPUs.
+        """
+        device = self.devices[name]
+        try:
+            with self.states:
+                self.containers[device.spec.container].reset(device.reset)
+                self._begin_again(device)
+        except ResetFailedError as error:
+            cause = f"a device could not be reset: {error.strerror}"
+            threading.Thread(target=self.fail, args=(cause,), daemon=True).start()
+            raise
 
     # Looking at it.
 

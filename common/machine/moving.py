@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import structlog
 
 from common.iommu.container import Container
 from common.machine.device import Pending
@@ -20,13 +21,13 @@ from common.machine.machine import Machine
 from common.memory.bitmap import DirtyBitmap, Words
 from common.memory.layout import PAGE_SIZE
 from common.memory.write_journal import JOURNAL_ROW, Rows
-from common.vfio.feature import PrecopyInfo
-from common.vfio.migration import DeviceState, MigrationFlags
+from common.vfio.migration import DeviceState
 
 __all__ = ["VCPU", "Arriving", "Leaving"]
 
+_log = structlog.get_logger()
+
 VCPU = "vCPU"  # beside names of containers, which have no capitals
-PRECOPY_STATES = (DeviceState.PRE_COPY, DeviceState.PRE_COPY_P2P)
 LATE_WRITES = 8  # that are told
 
 
@@ -35,7 +36,6 @@ class Leaving:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self.running = machine.state == "running"
         self._dirty: dict[str, DirtyBitmap] = {}
         self._stopped = False
         self._tracked_since_ns = 0
@@ -57,17 +57,22 @@ class Leaving:
             if (info := container.tracking) is not None
         ]
 
-    def enter_precopy(self) -> None:
-        """Take the devices that can to PRE_COPY; a paused machine's devices stay in STOP (QEMU series patch 1)."""
-        for device in self._machine.devices.values():
-            if self.running and device.migration_flags & MigrationFlags.PRE_COPY:
-                self._machine.enter(device, DeviceState.PRE_COPY, recover=DeviceState.RUNNING)
+    @property
+    def running(self) -> bool:
+        """Whether the machine runs, apart from the migration."""
+        return self._machine.state == "running"
 
-    def sizes(self, name: str) -> tuple[PrecopyInfo | None, int | None]:
-        """Return pre-copy info (None outside PRE_COPY) and stop_copy_length of a device, as far as it tells."""
-        device = self._machine.devices[name]
-        info = device.client.precopy_info() if device.state in PRECOPY_STATES else None
-        return info, device.client.stop_copy_length()
+    def enter_precopy(self) -> None:
+        """Take the devices that can to PRE_COPY; a paused machine's devices stay in STOP (QEMU series patch 1).
+
+        From now on they are in PRE_COPY whenever the machine runs, until `stop_devices`.
+        """
+        machine = self._machine
+        with machine.states:
+            machine.precopy = True
+            for device in machine.devices.values():
+                _log.debug("vfio_save_setup", device=device.name, state=device.state.name)
+                machine.enter_precopy(device)
 
     def sync(self) -> dict[str, Words]:
         """Collect all logs. The vCPUs' comes without any lock of a container: a vCPU may be waiting in a map trap."""
@@ -85,14 +90,22 @@ class Leaving:
             for device in self._machine.devices.values()
         )
 
-    def pause_vcpus(self) -> None:
-        """Stop the vCPUs; their traps are answered by then."""
-        if self.running:
-            self._machine.vcpus.pause()
+    def pause_vcpus(self) -> bool:
+        """Stop the vCPUs; their traps are answered by then. Return whether the machine ran.
+
+        From now on nobody else pauses or resumes it.
+        """
+        with self._machine.lock:
+            self._machine.switching = True
+            if self.running:
+                self._machine.vcpus.pause()
+            return self.running
 
     def stop_devices(self) -> None:
         """Quiesce all devices, then take all to STOP_COPY."""
+        self._machine.precopy = False
         self._machine.quiesce()
+        _log.debug("vfio_vmstate_change", running=False)
         self._machine.enter_all(DeviceState.STOP_COPY, recover=DeviceState.STOP)
         self._stopped = True
         self._stopped_since_ns = time.monotonic_ns()
@@ -180,14 +193,19 @@ class Leaving:
         for container in machine.containers.values():
             container.end_delta()
             container.stop_tracking()
-        if machine.state == "failed":
-            return
-        machine.vcpus.stop_dirty_log()
-        machine.vcpus.throttle(0)
-        if self.running:
-            machine.start()
-        else:
-            machine.enter_all(DeviceState.STOP)
+        with machine.lock:
+            with machine.states:
+                machine.precopy = machine.switching = False
+                for device in machine.devices.values():
+                    device.failure = None
+            if machine.state == "failed":
+                return
+            machine.vcpus.stop_dirty_log()
+            machine.vcpus.throttle(0)
+            if self.running:
+                machine.start(despite_resets=True)
+            else:
+                machine.enter_all(DeviceState.STOP, recover=DeviceState.STOP)
 
 
 class Arriving:
@@ -199,7 +217,19 @@ class Arriving:
 
     def enter_resuming(self) -> None:
         """Take all devices to RESUMING, before the first byte (contract M8)."""
-        self._machine.enter_all(DeviceState.RESUMING)
+        for name in self._machine.devices:
+            _log.debug("vfio_load_setup", device=name)
+        self._machine.enter_all(DeviceState.RESUMING, recover=DeviceState.RUNNING)
+
+    def restart(self, name: str) -> None:
+        """Take a device to RESUMING afresh: what was written to it is void.
+
+        By a reset: the way through STOP would validate a state that is not whole.
+        """
+        device = self._machine.devices[name]
+        with self._machine.turn:
+            device.reset()
+        self._machine.enter(device, DeviceState.RESUMING)
 
     def change_mappings(self, removed: Sequence[Sequence[Any]], added: Sequence[Sequence[Any]]) -> None:
         """Change mappings in vIOMMU and devices."""

@@ -33,6 +33,8 @@ __all__ = ["MachineService"]
 
 _log = structlog.get_logger()
 
+STATE_CHANGE_SECONDS = 5.0  # for which a daemon may wait in one request
+
 
 class MachineService:
     """Serves one machine until it is shut down."""
@@ -155,8 +157,10 @@ class _Connection:
                 self.resume,
                 self.record,
                 self.report,
+                self.state_changes,
             ),
-            *(self.shutdown, self.begin, self.start_tracking, self.enter_precopy, self.read_device, self.sizes),
+            *(self.shutdown, self.begin, self.running, self.start_tracking, self.enter_precopy),
+            *(self.read_device, self.sizes),
             *(self.mapping_changes, self.sync, self.throttle, self.pause_vcpus, self.quiesce, self.leave_stop_copy),
             *(
                 self.rest,
@@ -167,7 +171,7 @@ class _Connection:
                 self.enter_resuming,
                 self.change_mappings,
             ),
-            *(self.write_device, self.load, self.take_over),
+            *(self.write_device, self.restart_device, self.load, self.take_over),
         ]
         return {handler.__name__: handler for handler in asked}
 
@@ -220,6 +224,10 @@ class _Connection:
     def report(self, _: Message) -> dict[str, Any]:
         return self._machine.vcpus.report()
 
+    def state_changes(self, request: Message) -> dict[str, Any]:
+        last, changes = self._machine.state_changes.after(request["after"], STATE_CHANGE_SECONDS)
+        return {"last": last, "changes": changes}
+
     def shutdown(self, _: Message) -> None:
         self._service.ended.set()
 
@@ -229,6 +237,9 @@ class _Connection:
         running = self._service.begin()
         self.holds_migration = True
         return {"running": running}
+
+    def running(self, _: Message) -> dict[str, Any]:
+        return {"running": self._leaving().running}
 
     def start_tracking(self, _: Message) -> dict[str, Any]:
         tracked = self._leaving().start_tracking()
@@ -243,14 +254,18 @@ class _Connection:
         self._leaving().enter_precopy()
 
     def read_device(self, request: Message) -> Message:
-        return Message(payload=self._machine.devices[request["name"]].client.mig_data_read(request["size"]))
+        session, data = self._machine.devices[request["name"]].read_saved(request["size"])
+        return Message({"session": session}, data)
 
     def sizes(self, request: Message) -> dict[str, Any]:
-        info, length = self._leaving().sizes(request["name"])
+        self._leaving()
+        found = self._machine.devices[request["name"]].sizes()
         return {
-            "initial_bytes": None if info is None else info.initial_bytes,
-            "dirty_bytes": None if info is None else info.dirty_bytes,
-            "stop_copy_length": length,
+            "session": found.session,
+            "initial_bytes": None if found.precopy is None else found.precopy.initial_bytes,
+            "dirty_bytes": None if found.precopy is None else found.precopy.dirty_bytes,
+            "stop_copy_length": found.length,
+            "length_failed": found.length_failed,
         }
 
     def mapping_changes(self, _: Message) -> dict[str, Any]:
@@ -270,14 +285,15 @@ class _Connection:
     def throttle(self, request: Message) -> None:
         self._machine.vcpus.throttle(request["percent"])
 
-    def pause_vcpus(self, _: Message) -> None:
-        self._leaving().pause_vcpus()
+    def pause_vcpus(self, _: Message) -> dict[str, Any]:
+        return {"running": self._leaving().pause_vcpus()}
 
     def quiesce(self, _: Message) -> None:
         self._leaving().stop_devices()
 
     def leave_stop_copy(self, request: Message) -> None:
-        self._machine.devices[request["name"]].enter(DeviceState.STOP)
+        self._machine.enter(self._machine.devices[request["name"]], DeviceState.STOP, recover=DeviceState.STOP)
+        _log.debug("vfio_save_cleanup", device=request["name"])
 
     def rest(self, _: Message) -> Message:
         vcpu, configs, pending = self._leaving().rest()
@@ -314,7 +330,11 @@ class _Connection:
         self._service.arriving.change_mappings(request["removed"], request["added"])
 
     def write_device(self, request: Message) -> None:
+        _log.debug("vfio_load_state_device_data", device=request["name"], data_size=len(request.payload))
         self._machine.devices[request["name"]].client.mig_data_write(request.payload)
+
+    def restart_device(self, request: Message) -> None:
+        self._service.arriving.restart(request["name"])
 
     def load(self, request: Message) -> None:
         configs, pending = {}, {}

@@ -27,7 +27,7 @@ _COMMON_OPTIONS: list[tuple[str, int]] = [
 BULK_OPTIONS: list[tuple[str, int]] = [
     *_COMMON_OPTIONS,
     ("grpc.http2.max_frame_size", 4 << 20),
-    ("grpc.http2.lookahead_bytes", 32 << 20),
+    ("grpc.http2.lookahead_bytes", 16 << 20),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.experimental.tcp_min_read_chunk_size", 1 << 20),
     ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),

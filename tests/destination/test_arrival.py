@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,13 @@ from typing import Any, cast
 import grpc
 import numpy as np
 import pytest
+from switchover.v1 import host_pb2
 from switchover.v1 import migration_pb2 as pb
 
+from common.host.host import COMMITTED as DECIDED_COMMITTED
 from common.host.host import REVOKED as DECIDED_REVOKED
 from common.host.host import Host
-from common.ipc.channel import RequestError
+from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import Changes, DeviceConfig, DeviceInfo, MachineClient, MappingChange
 from common.machine.config import MachineSpec, ViommuSpec, to_json
@@ -41,6 +44,7 @@ PRECOPY = pb.DEVICE_STATE_KIND_PRECOPY_DATA
 LOADED = pb.DEVICE_STATE_KIND_INIT_DATA_SENT
 DATA = pb.DEVICE_STATE_KIND_STOP_COPY_DATA
 END = pb.DEVICE_STATE_KIND_END
+RESTART = pb.DEVICE_STATE_KIND_RESTART
 
 
 class FakeMachine:
@@ -50,6 +54,8 @@ class FakeMachine:
         self.directory = directory
         self.notes: list[Any] = []
         self.refuses: set[str] = set()
+        self.failure = ""
+        self.asked_gaps: list[int] = []
         self.memory = GuestRam.create(SPEC.ram_size)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -63,9 +69,17 @@ class FakeMachine:
     def another(self) -> FakeMachine:
         return self
 
+    def close(self) -> None:
+        pass
+
+    def state_changes(self, after: int | None) -> tuple[int, list[tuple[str, str]]]:
+        if after is None:
+            return 0, []
+        raise ClosedError
+
     def ram(self, *, writable: bool) -> GuestRam:
         assert writable
-        return self.memory
+        return GuestRam.attach(os.dup(self.memory.fd))  # whoever asks for it closes it
 
     def devices(self) -> list[DeviceInfo]:
         return [
@@ -73,8 +87,12 @@ class FakeMachine:
             DeviceInfo("nvme0", "nvme", 1, "RESUMING", comparable_dump=False),
         ]
 
-    def guest_gap_us(self) -> int:
-        return 4321
+    def guest_gap_us(self, run: int) -> int | None:
+        self.asked_gaps.append(run)
+        return 4321 if len(self.asked_gaps) > 2 else None
+
+    def describe(self) -> host_pb2.Machine:
+        return host_pb2.Machine(name="vm", failure=self.failure)
 
     def digest(self, name: str) -> Digest:
         return Digest(len(name), (1,), 0, compared=name == "nic0")
@@ -88,10 +106,12 @@ class FakeVerifier:
     """A verifier that finds what it is told to find."""
 
     mismatches: list[pb.ChunkMismatch] = []  # noqa: RUF012  # replaced by tests
+    made: list[FakeVerifier] = []  # noqa: RUF012  # replaced by the fixture
 
     def __init__(self, *_: object, early: bool) -> None:
         self.early = early
         self.calls: list[str] = []
+        FakeVerifier.made.append(self)
 
     def read_all(self) -> None:
         self.calls.append("read_all")
@@ -99,7 +119,8 @@ class FakeVerifier:
     def complete(self) -> None:
         self.calls.append("complete")
 
-    def compare(self, theirs: bytes) -> list[pb.ChunkMismatch]:
+    def compare(self, theirs: bytes, *, pages: bool) -> list[pb.ChunkMismatch]:
+        self.calls.append(f"compare {pages}")
         if len(theirs) != 32 * 8:
             raise ValueError(f"{len(theirs)} bytes of digests for 32 chunks")
         return self.mismatches
@@ -158,7 +179,7 @@ class Rig:
     def finish(self, **changes: Any) -> pb.FinishResponse:
         members: dict[str, Any] = {
             "session_id": SESSION,
-            "vcpu_json": '{"clock": 1}',
+            "vcpu_json": '{"clock": 1, "runs": 2}',
             "devices": [
                 pb.DeviceConfig(name="nic0", record_sequence=1, config_space=b"abc", pending_vectors=[2]),
                 pb.DeviceConfig(name="nvme0", record_sequence=2, pending_doorbells=[0]),
@@ -205,6 +226,7 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     made = Rig(tmp_path)
     monkeypatch.setattr(arrival_module, "launch", made.launch)
     monkeypatch.setattr(arrival_module, "Verifier", FakeVerifier)
+    monkeypatch.setattr(FakeVerifier, "made", [])
     yield made
     made.servicer.close()
     made.host.close()
@@ -301,6 +323,14 @@ def test_a_host_with_a_machine_takes_no_other(rig: Rig) -> None:
     assert not rig.host.migrating
 
 
+def test_a_host_without_such_a_device_does_not_begin(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [SimpleNamespace(kind=kind) for kind in ("nic", "nvme", "accelerator")]
+    monkeypatch.setattr(arrival_module, "_describe", lambda _: SimpleNamespace(devices=devices))
+    rig.host.device_kinds = frozenset({"nic"})
+    assert refused(rig.prepare) == "NO_SUCH_DEVICE: this host has no device of kind accelerator, nvme"
+    assert rig.launches == 0 and not rig.host.migrating
+
+
 @pytest.mark.parametrize(("incarnation", "accepted"), [(3, False), (4, False), (5, True)])
 def test_an_old_incarnation_does_not_come_back(rig: Rig, incarnation: int, accepted: bool) -> None:
     record.write(rig.host.record_path, Record(UUID, "vm", 4, Ownership.GONE, "/d", "old", "b:1"))
@@ -380,6 +410,23 @@ def test_records_reach_their_device(rig: Rig) -> None:
     assert rig.machine.did("write_device") == [("write_device", "nic0", b"ab"), ("write_device", "nic0", b"c")]
 
 
+def test_a_restart_makes_what_came_before_it_void(rig: Rig) -> None:
+    rig.prepare()
+    answers = rig.records(
+        device_record(1, PRECOPY, b"ab"),
+        device_record(2, LOADED),
+        device_record(3, RESTART),
+        device_record(4, PRECOPY, b"cd"),
+        device_record(5, LOADED),
+    )
+    assert [answer.initial_data_loaded for answer in answers] == [False, True, False, False, True]
+    assert rig.machine.did("write_device", "restart_device") == [
+        ("write_device", "nic0", b"ab"),
+        ("restart_device", "nic0"),
+        ("write_device", "nic0", b"cd"),
+    ]
+
+
 def test_a_device_without_precopy_acknowledges_no_initial_data(rig: Rig) -> None:
     rig.prepare()
     assert [a.initial_data_loaded for a in rig.records(device_record(1, LOADED), device="nvme0")] == [False]
@@ -397,6 +444,8 @@ def test_a_device_without_precopy_acknowledges_no_initial_data(rig: Rig) -> None
         ("nic0", [device_record(1, 99)], "nic0: unknown record kind 99"),
         ("nic0", [device_record(1, DATA)], "nic0: a record of kind DEVICE_STATE_KIND_STOP_COPY_DATA with 0 bytes"),
         ("nic0", [device_record(1, END, b"x")], "nic0: a record of kind DEVICE_STATE_KIND_END with 1 bytes"),
+        ("nic0", [device_record(1, RESTART, b"x")], "nic0: a record of kind DEVICE_STATE_KIND_RESTART with 1 bytes"),
+        ("nic0", [device_record(1, END), device_record(2, RESTART)], "nic0: a record after the end"),
     ],
 )
 def test_records_that_are_not_in_order_are_refused(
@@ -437,7 +486,7 @@ def test_finish_loads_what_is_left(rig: Rig) -> None:
     rig.all_has_come()
     rig.finish(paused=True)
     ((_, vcpu, configs, *_rest),) = rig.machine.did("load")
-    assert vcpu == {"clock": 1}
+    assert vcpu == {"clock": 1, "runs": 2}
     assert configs == [DeviceConfig("nic0", b"abc", Pending((2,))), DeviceConfig("nvme0", b"", Pending((), (0,)))]
     assert rig.state() == READY
     assert refused(rig.finish) == "WRONG_STATE: the session is READY"
@@ -454,6 +503,9 @@ def test_finish_loads_what_is_left(rig: Rig) -> None:
         ({"devices": []}, "the devices are not those that were prepared"),
         ({"devices": [pb.DeviceConfig(name="nic0", record_sequence=1)]}, "the devices are not those"),
         ({"vcpu_json": "{"}, "vCPU state: "),
+        ({"vcpu_json": "{}"}, "vCPU state: "),
+        ({"vcpu_json": "[1]"}, "vCPU state: "),
+        ({"vcpu_json": '{"runs": null}'}, "vCPU state: "),
         (
             {"devices": [pb.DeviceConfig(name=name, record_sequence=1) for name in ("nic0", "nvme0")]},
             "nvme0: its state has not arrived whole",
@@ -511,6 +563,8 @@ def test_all_of_ram_is_compared_and_what_both_sides_could_read_of_devices(
     assert list(answer.compared_devices) == ["nic0"]
     assert [(d.name, d.what) for d in answer.devices] == [("nic0", "BARs")]
     assert refused(lambda: verify(rig, digests=b"123")) == "BAD_REQUEST: 3 bytes of digests for 32 chunks"
+    (verifier,) = FakeVerifier.made
+    assert not verifier.early and verifier.calls == ["read_all", "compare True", "compare True"]
 
 
 def test_what_is_compared_later_was_read_before_the_start(rig: Rig) -> None:
@@ -520,13 +574,27 @@ def test_what_is_compared_later_was_read_before_the_start(rig: Rig) -> None:
     rig.machine.digest = None  # type: ignore[assignment,method-assign]  # nobody reads a device that runs
     answer = verify(rig, pb.DeviceDigest(name="nic0", config=4, bars=[1], compared=True))
     assert list(answer.compared_devices) == ["nic0"] and not answer.devices
+    (verifier,) = FakeVerifier.made
+    # No pages: the machine has changed them since. And RAM is let go once nobody compares it any more.
+    assert verifier.early and verifier.calls == ["complete", "compare False", "close"]
+    assert refused(lambda: verify(rig)).startswith("NOT_READ")
 
 
 def test_a_strict_verdict_is_of_a_machine_that_stands_still(rig: Rig) -> None:
     rig.ready(verify=pb.VERIFY_MODE_STRICT)
+    rig.machine.refuses = {"take_over"}
+    refused(rig.commit)
+    assert refused(lambda: verify(rig)) == "WRONG_STATE: the session is STARTING"
+
+
+def test_nothing_is_compared_once_its_machine_has_settled(rig: Rig) -> None:
+    """RAM is the machine's alone then."""
+    rig.ready(verify=pb.VERIFY_MODE_STRICT)
     rig.commit()
     rig.settled()
-    assert refused(lambda: verify(rig)) == "WRONG_STATE: the session is RUNNING"
+    assert refused(lambda: verify(rig)) == "NOT_READ: nothing has been read back"
+    (verifier,) = FakeVerifier.made
+    assert verifier.calls == ["read_all", "close"]
 
 
 # handover
@@ -549,6 +617,8 @@ def test_a_decision_is_on_disk_before_anyone_acts_on_it(rig: Rig) -> None:
     assert cast("FakeMachine", rig.host.require_machine()) is rig.machine and not rig.host.migrating
     session = rig.servicer.GetSession(pb.GetSessionRequest(session_id=SESSION), CONTEXT)
     assert (session.state, session.guest_gap_us, session.machine_uuid) == (RUNNING, 4321, UUID)
+    assert rig.machine.asked_gaps == [3] * 3  # of the run that began here, until there is one
+    assert rig.host.decision(SESSION) == DECIDED_COMMITTED
 
 
 def test_commit_may_come_again(rig: Rig) -> None:
@@ -569,6 +639,45 @@ def test_commit_before_all_is_loaded_is_refused(rig: Rig) -> None:
     rig.all_has_come()
     assert refused(rig.commit) == "NOT_READY: commit is not possible in PREPARING"
     assert refused(lambda: rig.commit(session_id="another")).startswith("NO_SESSION")
+
+
+def test_a_machine_that_has_failed_is_not_committed(rig: Rig) -> None:
+    """It still runs at its source."""
+    rig.ready()
+    rig.machine.failure = "nic0 has ended"
+    assert refused(rig.commit) == "NOT_READY: the machine: nic0 has ended"
+    assert rig.state() == READY and not rig.machine.did("record", "take_over")
+    assert rig.resolve() == REVOKED
+
+
+def test_a_machine_that_is_ours_and_does_not_start_is_said_to(rig: Rig) -> None:
+    """From STARTING on nobody knows what its devices have done, so nothing starts it again, here or there."""
+    rig.ready()
+    rig.machine.refuses = {"take_over"}
+    assert refused(rig.commit) == "NOT_STARTED: cannot take_over"
+    session = rig.servicer.GetSession(pb.GetSessionRequest(session_id=SESSION), CONTEXT)
+    assert (session.state, session.failure) == (STARTING, "cannot take_over")
+    assert [note[1] for note in rig.machine.did("record")] == [Ownership.COMMITTED, Ownership.STARTING]
+    assert rig.resolve() == STARTING and not rig.machine.did("shutdown")
+    rig.machine.refuses = set()
+    assert rig.commit().state == STARTING and not rig.machine.did("take_over")
+    assert refused(rig.abort).startswith("COMMITTED")
+
+
+def test_a_start_that_was_not_begun_is_begun_by_the_next_commit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.ready()
+    fail = [True]
+
+    def adopt(_: object) -> None:
+        if fail:
+            fail.pop()
+            raise OSError("not now")
+
+    monkeypatch.setattr(rig.host, "adopt", adopt)
+    assert refused(rig.commit) == "NOT_STARTED: not now"
+    assert rig.state() == COMMITTED
+    assert rig.commit().state == RUNNING
+    assert len([note for note in rig.machine.did("record") if note[1] is Ownership.COMMITTED]) == 1
 
 
 def test_commit_after_revoked_is_refused(rig: Rig) -> None:
@@ -623,10 +732,13 @@ def test_resolve_of_a_session_that_nobody_knows_revokes_it(rig: Rig) -> None:
     rig.prepare(session_id="another")
 
 
-@pytest.mark.parametrize("ownership", [Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER])
+@pytest.mark.parametrize("ownership", [Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF])
 def test_resolve_after_a_restart_finds_the_record(rig: Rig, ownership: Ownership) -> None:
     record.write(rig.host.record_path, Record(UUID, "vm", INCARNATION, ownership, "/d", SESSION))
     assert rig.resolve() in (COMMITTED, STARTING, RUNNING)
+    lost = "" if ownership is Ownership.OFF else "its process has ended"
+    session = rig.servicer.GetSession(pb.GetSessionRequest(session_id=SESSION), CONTEXT)
+    assert (session.state, session.failure) == (RUNNING, lost)
     assert rig.resolve("another") == REVOKED
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from common.devices.__main__ import KINDS, build
 from common.devices.accelerator import AcceleratorKnobs
-from common.devices.knobs import parse
+from common.devices.knobs import OneTimeFaults, parse
 from common.devices.nic import NicKnobs
 from common.vfio.migration import DeviceState, MigrationFlags
 
@@ -33,7 +33,11 @@ def test_reads_every_sort_of_knob() -> None:
     assert (knobs.rate, knobs.packet, knobs.flags) == (5, 64, MigrationFlags.STOP_COPY)
     assert (knobs.log_limits.max_ranges, knobs.log_limits.max_bits) == (4, 42)
     assert knobs.log_limits.page_sizes == (4096, 2 << 20)
-    assert knobs.failing_states == {DeviceState.STOP_COPY}
+    faults = OneTimeFaults("nic0", knobs.faults)
+    faults.reach_state(DeviceState.STOP)
+    with pytest.raises(OSError, match="fail:STOP_COPY"):
+        faults.reach_state(DeviceState.STOP_COPY)
+    faults.reach_state(DeviceState.STOP_COPY)  # once
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from common.host import daemon
 from common.host import host as host_module
 from common.host.host import COMMITTED, REVOKED, Host, HostError, default_state_dir
 from common.host.service import HostServicer
+from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import MachineClient
 from common.machine.config import MachineSpec, ViommuSpec
 from common.machine.record import Ownership, Record
 from common.rpc.errors import RefusalError
+from common.rpc.server import Server
 
 UUID = "6f2c9e0a-0000-4000-8000-000000000001"
 CONTEXT = cast("grpc.ServicerContext", SimpleNamespace(add_callback=lambda _: True))
@@ -33,12 +35,25 @@ class FakeMachine:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.told: list[str] = []
+        self.failure = ""
+        self.changes = [[("nic0", "PRE_COPY"), ("nvme0", "STOP")], [], [("nic0", "STOP_COPY")]]
+        self.told_states = threading.Event()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **_: self.told.append(" ".join([name, *map(str, args)]))
 
+    def another(self) -> SimpleNamespace:
+        return SimpleNamespace(state_changes=self._state_changes, close=self.told_states.set)
+
+    def _state_changes(self, after: int | None) -> tuple[int, list[tuple[str, str]]]:
+        if after is None:
+            return 7, []
+        if after - 7 == len(self.changes):
+            raise ClosedError  # the process has ended
+        return after + 1, self.changes[after - 7]
+
     def describe(self) -> host_pb2.Machine:
-        return host_pb2.Machine(name="vm", state="running")
+        return host_pb2.Machine(name="vm", state="failed" if self.failure else "running", failure=self.failure)
 
 
 @pytest.fixture
@@ -57,7 +72,12 @@ def spec() -> MachineSpec:
 def machine(host: Host, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     """What is started or found instead of a machine process."""
     fake = FakeMachine(host.directory / "run" / "boot")
-    monkeypatch.setattr(host_module, "launch", lambda *_, **__: fake)
+
+    def launch(spec: MachineSpec, *_: object, incarnation: int) -> FakeMachine:
+        fake.told.append(f"launched {spec.name} {incarnation}")
+        return fake
+
+    monkeypatch.setattr(host_module, "launch", launch)
     monkeypatch.setattr(MachineClient, "connect", lambda _: fake)
     return fake
 
@@ -71,7 +91,25 @@ def nobody(_: Path) -> MachineClient:
     raise ConnectionRefusedError(111, "nobody listens")
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the second one is never a host
+@pytest.fixture
+def published(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What this host tells: of which session, and what."""
+    seen: list[tuple[str, Any]] = []
+
+    def publish(session_id: str = "", **event: Any) -> None:
+        seen.append((session_id, *event.values()))
+
+    monkeypatch.setattr(host.events, "publish", publish)
+    return seen
+
+
+@pytest.fixture
+def lost(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
+    """The process of the machine that was here has ended; what is started instead is this."""
+    monkeypatch.setattr(MachineClient, "connect", nobody)
+    return machine
+
+
 def test_a_state_directory_has_one_daemon(tmp_path: Path) -> None:
     first = Host("source", tmp_path)
     with pytest.raises(HostError, match="is in use by another daemon"):
@@ -131,8 +169,24 @@ def test_no_machine_is_a_refusal(host: Host) -> None:
 
 def test_a_machine_is_owned_before_it_runs(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
     assert host.open_machine(spec) == "machine vm started"
-    assert machine.told == ["record OWNER", "resume"]
+    assert machine.told == ["launched vm 1", "record OWNER", "resume"]
     assert cast("FakeMachine", host.require_machine()) is machine
+
+
+@pytest.mark.parametrize(("migrating", "session_id"), [(False, ""), (True, "5e55")])
+def test_what_devices_do_is_told_until_the_machine_ends(
+    host: Host, machine: FakeMachine, published: list[tuple[str, Any]], migrating: bool, session_id: str
+) -> None:
+    host.session_id = "5e55"
+    if migrating:
+        host.begin_migration("5e55")
+    host.tell_states(cast("MachineClient", machine))
+    assert machine.told_states.wait(10)
+    assert [(session, event.name, event.state) for session, event in published] == [
+        (session_id, "nic0", "PRE_COPY"),
+        (session_id, "nvme0", "STOP"),
+        (session_id, "nic0", "STOP_COPY"),
+    ]
 
 
 def test_a_machine_that_runs_is_found_again(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
@@ -141,44 +195,32 @@ def test_a_machine_that_runs_is_found_again(host: Host, spec: MachineSpec, machi
     assert machine.told == []
 
 
-def test_a_machine_that_has_moved_is_never_started_again(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
-    """GONE: not even if a description is given, and whoever may answer at its socket."""
-    known(host, Ownership.GONE)
-    assert host.open_machine(spec) == "machine vm is not started: it has moved to b:1"
-    assert host.machine is None and "resume" not in machine.told
-
-
-@pytest.mark.parametrize("ownership", [Ownership.COMMITTING, Ownership.COMMITTED, Ownership.STARTING])
 @pytest.mark.parametrize("described", [False, True])
-def test_a_machine_whose_owner_is_not_known_is_not_started(
-    host: Host,
-    spec: MachineSpec,
-    machine: FakeMachine,
-    monkeypatch: pytest.MonkeyPatch,
-    ownership: Ownership,
-    described: bool,
+@pytest.mark.parametrize(
+    ("ownership", "said"),
+    [
+        (Ownership.OWNER, "machine vm found running"),
+        (Ownership.OFF, "machine vm found running"),
+        (Ownership.COMMITTING, "machine vm found; whether it is at b:1 now is being asked"),
+        (Ownership.GONE, "machine vm has moved to b:1; its copy here is kept"),
+    ],
+)
+def test_a_machine_that_is_there_is_held_and_left_as_it_is(
+    host: Host, spec: MachineSpec, machine: FakeMachine, ownership: Ownership, said: str, described: bool
 ) -> None:
+    """Above all none is started: not beside it, and not again."""
     known(host, ownership)
-    monkeypatch.setattr(MachineClient, "connect", nobody)
-    with pytest.raises(HostError, match=f"was {ownership} when its process ended"):
-        host.open_machine(spec if described else None)
-    assert host.machine is None and machine.told == []
+    before = host.record()
+    assert host.open_machine(spec if described else None) == said
+    assert machine.told == [] and host.record() == before
+    assert cast("FakeMachine", host.require_machine()) is machine
 
 
-def test_a_machine_that_was_switched_off_is_started_if_described(
-    host: Host, spec: MachineSpec, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known(host, Ownership.OWNER)
-    monkeypatch.setattr(MachineClient, "connect", nobody)
-    assert host.open_machine(None) == "machine vm was switched off"
-    assert host.machine is None
-    assert host.open_machine(spec) == "machine vm started"
-
-
-def test_a_machine_whose_handover_is_not_decided_stands_still(host: Host, machine: FakeMachine) -> None:
-    known(host, Ownership.COMMITTING)
-    assert host.open_machine(None) == "machine vm found; whether it is at b:1 now is being asked"
-    assert machine.told == []
+def test_a_machine_that_was_released_is_let_go(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
+    """The last daemon ended before the process did. Whoever may answer there is not ours any more."""
+    known(host, Ownership.RELEASED)
+    assert host.open_machine(spec) == "machine vm is not started: it has moved to b:1"
+    assert machine.told == ["shutdown"] and host.machine is None
 
 
 @pytest.mark.parametrize("ownership", [Ownership.COMMITTED, Ownership.STARTING])
@@ -190,20 +232,139 @@ def test_a_machine_that_was_committed_here_is_taken_over(
     assert machine.told == ["take_over", "record OWNER"] and host.decision("5e55") == COMMITTED
 
 
-def test_another_machine_is_not_taken_for_the_one_described(
-    host: Host, spec: MachineSpec, machine: FakeMachine
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("ownership", [Ownership.GONE, Ownership.RELEASED])
+def test_a_machine_that_has_moved_is_never_started_again(
+    host: Host, spec: MachineSpec, lost: FakeMachine, ownership: Ownership, described: bool
 ) -> None:
-    known(host, Ownership.OWNER, name="other")
+    known(host, ownership)
+    assert host.open_machine(spec if described else None) == "machine vm is not started: it has moved to b:1"
+    assert host.machine is None and lost.told == []
+
+
+@pytest.mark.parametrize("ownership", [Ownership.GONE, Ownership.RELEASED])
+def test_a_host_that_a_machine_has_left_starts_another(
+    host: Host, spec: MachineSpec, lost: FakeMachine, ownership: Ownership
+) -> None:
+    known(host, ownership, name="other")
+    assert host.open_machine(spec) == "machine vm started"
+    assert lost.told == ["launched vm 1", "record OWNER", "resume"]
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize(
+    ("ownership", "said"),
+    [
+        (Ownership.COMMITTING, "machine vm was lost here; whether it is at b:1 now is being asked"),
+        (Ownership.STARTING, "machine vm was lost while it was started here: its process has ended"),
+    ],
+)
+def test_a_lost_machine_whose_owner_is_not_known_is_not_started(
+    host: Host, spec: MachineSpec, lost: FakeMachine, ownership: Ownership, said: str, described: bool
+) -> None:
+    """Nor is anything decided of it, which is the destination's or, for STARTING, was done already."""
+    known(host, ownership)
+    before = host.record()
+    assert host.open_machine(spec if described else None) == said
+    assert host.machine is None and lost.told == [] and host.record() == before
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_a_machine_lost_before_anything_of_it_ran_goes_on_at_its_source(
+    host: Host, spec: MachineSpec, lost: FakeMachine, described: bool
+) -> None:
+    known(host, Ownership.COMMITTED)
+    said = host.open_machine(spec if described else None)
+    assert said == "machine vm was lost before it was started here; it goes on at its source"
+    assert host.machine is None and lost.told == []
+    assert host.decision("5e55") == REVOKED and host.record() is None
+
+
+def test_a_lost_machine_is_revoked_before_its_record_is_removed(
+    host: Host, lost: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else there would be a moment in which nothing is known of a session that was COMMITTED."""
+    known(host, Ownership.COMMITTED)
+
+    def power_fails(*_: object) -> None:
+        raise OSError("power failure")
+
+    monkeypatch.setattr(Host, "decide", power_fails)
+    with pytest.raises(OSError):
+        host.open_machine(None)
+    assert host.decision("5e55") == COMMITTED
+
+
+@pytest.mark.parametrize("ownership", [Ownership.OWNER, Ownership.OFF])
+def test_a_machine_that_was_switched_off_is_started_if_described(
+    host: Host, spec: MachineSpec, lost: FakeMachine, ownership: Ownership
+) -> None:
+    """As a later incarnation: what it was before must not come back."""
+    known(host, ownership)
+    assert host.open_machine(None) == "machine vm was switched off"
+    assert host.machine is None and lost.told == []
+    assert host.open_machine(spec) == "machine vm started"
+    assert lost.told == ["launched vm 4", "record OWNER", "resume"]
+
+
+@pytest.mark.parametrize("ownership", [each for each in Ownership if each is not Ownership.RELEASED])
+def test_another_machine_is_not_taken_for_the_one_described(
+    host: Host, spec: MachineSpec, machine: FakeMachine, ownership: Ownership
+) -> None:
+    known(host, ownership, name="other")
     with pytest.raises(HostError, match="holds machine other, not vm"):
         host.open_machine(spec)
+    assert machine.told == ["close"] and host.machine is None
 
 
-def test_dropping_a_machine_leaves_nothing(host: Host) -> None:
-    host.drop_machine()
+@pytest.mark.parametrize("ownership", [Ownership.RELEASED, Ownership.OFF])
+def test_a_machine_that_is_released_leaves_only_its_record(host: Host, ownership: Ownership) -> None:
+    host.release(ownership)
+    assert host.record() is None
+    known(host, Ownership.GONE)
     fake = FakeMachine(host.run_directory("5e55"))
     host.adopt(cast("MachineClient", fake))
-    host.drop_machine()
+    host.release(ownership)
     assert fake.told == ["shutdown"] and host.machine is None and not fake.directory.exists()
+    found = host.record()
+    assert found is not None and (found.ownership, found.incarnation, found.peer) == (ownership, 3, "b:1")
+
+
+def test_a_machine_is_released_on_disk_before_its_process_ends(host: Host) -> None:
+    """Else a daemon that ends in between would take it for one that was lost."""
+    known(host, Ownership.GONE)
+    seen: list[Ownership] = []
+
+    class Ending(FakeMachine):
+        def shutdown(self) -> None:
+            found = host.record()
+            assert found is not None
+            seen.append(found.ownership)
+
+    host.adopt(cast("MachineClient", Ending(host.run_directory("5e55"))))
+    host.release(Ownership.RELEASED)
+    assert seen == [Ownership.RELEASED]
+
+
+@pytest.mark.parametrize("ownership", Ownership)
+def test_whether_what_has_arrived_runs(host: Host, machine: FakeMachine, ownership: Ownership) -> None:
+    assert host.arrival_failure("5e55") == ""
+    known(host, ownership)
+    arrived = ownership in (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER)
+    assert host.arrival_failure("5e55") == ("its process has ended" if arrived else "")
+    host.adopt(cast("MachineClient", machine))
+    assert host.arrival_failure("5e55") == ""
+    machine.failure = "nic0: it could not be reset"
+    assert (host.arrival_failure("5e55") != "") is (arrived or ownership is Ownership.OFF)
+    assert host.arrival_failure("another") == ""
+
+
+def test_a_host_knows_which_devices_it_has(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="no such device: quantum; there are: nic"):
+        Host("host", tmp_path, ["nic", "quantum"])
+    made = Host("host", tmp_path, ["nic"])  # the refusal has left nothing open
+    assert made.device_kinds == {"nic"}
+    made.close()
 
 
 def test_decisions_are_remembered(host: Host) -> None:
@@ -215,9 +376,9 @@ def test_decisions_are_remembered(host: Host) -> None:
 
 @pytest.mark.parametrize("ownership", Ownership)
 def test_what_the_record_says_of_a_session_that_came_here(host: Host, ownership: Ownership) -> None:
-    """COMMITTING and GONE are of a session that leaves."""
+    """COMMITTING, GONE and RELEASED are of a session that leaves."""
     known(host, ownership)
-    arrived = ownership in (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER)
+    arrived = ownership in (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF)
     assert host.decision("5e55") == (COMMITTED if arrived else None)
     assert host.decision("another") is None
 
@@ -231,35 +392,92 @@ def test_the_servicer_tells_what_is_here(host: Host) -> None:
     known(host, Ownership.OWNER)
     full = servicer.GetMachine(host_pb2.GetMachineRequest(), CONTEXT)
     assert (full.machine.name, full.migrating, full.session_id, full.gone_to) == ("vm", True, "5e55", "")
-    known(host, Ownership.GONE)
-    assert servicer.GetMachine(host_pb2.GetMachineRequest(), CONTEXT).gone_to == "b:1"
+    for ownership in (Ownership.GONE, Ownership.RELEASED):
+        known(host, ownership)
+        assert servicer.GetMachine(host_pb2.GetMachineRequest(), CONTEXT).gone_to == ""  # its migration still runs
+        host.end_migration()
+        assert servicer.GetMachine(host_pb2.GetMachineRequest(), CONTEXT).gone_to == "b:1"
+        host.begin_migration("5e55")
 
 
 def ask(servicer: HostServicer, name: str) -> object:
     return getattr(servicer, name)(getattr(host_pb2, f"{name}Request")(), CONTEXT)
 
 
-@pytest.mark.parametrize(
-    ("name", "told", "state"),
-    [("Pause", "pause", "paused"), ("Resume", "resume", "running"), ("StopMachine", "shutdown", "off")],
-)
-def test_an_operator_is_obeyed_unless_a_migration_runs(host: Host, name: str, told: str, state: str) -> None:
-    servicer = HostServicer(host)
+@pytest.mark.parametrize("name", ["Pause", "Resume", "StopMachine"])
+def test_an_operator_without_a_machine_is_refused(host: Host, name: str) -> None:
     with pytest.raises(RefusalError) as refused:
-        ask(servicer, name)
+        ask(HostServicer(host), name)
     assert refused.value.reason == "NO_MACHINE"
+
+
+@pytest.mark.parametrize("migrating", [False, True])
+@pytest.mark.parametrize(("name", "told", "state"), [("Pause", "pause", "paused"), ("Resume", "resume", "running")])
+def test_an_operator_pauses_and_resumes_beside_a_migration(
+    host: Host,
+    machine: FakeMachine,
+    published: list[tuple[str, Any]],
+    name: str,
+    told: str,
+    state: str,
+    migrating: bool,
+) -> None:
+    host.adopt(cast("MachineClient", machine))
+    if migrating:
+        host.begin_migration("5e55")
+    ask(HostServicer(host), name)
+    assert machine.told == [told] and host.migrating is migrating
+    assert published == [("", state)]
+
+
+@pytest.mark.parametrize("name", ["Pause", "Resume"])
+@pytest.mark.parametrize(
+    ("reason", "raised", "said"), [("EBUSY", RefusalError, "MIGRATION_RUNS"), ("EINVAL", RequestError, "EINVAL")]
+)
+def test_a_machine_in_its_switchover_is_left_alone(
+    host: Host,
+    machine: FakeMachine,
+    published: list[tuple[str, Any]],
+    name: str,
+    reason: str,
+    raised: type[RefusalError | RequestError],
+    said: str,
+) -> None:
+    def refuse() -> None:
+        raise RequestError(reason, "the machine is in the switchover of a migration")
+
+    machine.pause = machine.resume = refuse  # type: ignore[attr-defined]  # what `__getattr__` would have returned
+    host.adopt(cast("MachineClient", machine))
+    with pytest.raises(raised, match="in the switchover") as refused:
+        ask(HostServicer(host), name)
+    assert isinstance(refused.value, RefusalError | RequestError) and refused.value.reason == said
+    assert not published  # nothing has happened
+
+
+def test_an_operator_stops_a_machine_unless_a_migration_runs(host: Host, published: list[tuple[str, Any]]) -> None:
+    servicer = HostServicer(host)
     fake = FakeMachine(host.run_directory("5e55"))
     host.adopt(cast("MachineClient", fake))
     known(host, Ownership.OWNER)
     host.begin_migration("5e55")
     with pytest.raises(RefusalError) as refused:
-        ask(servicer, name)
+        ask(servicer, "StopMachine")
     assert refused.value.reason == "MIGRATION_RUNS" and fake.told == []
     host.end_migration()
-    ask(servicer, name)
-    assert fake.told == [told] and not host.migrating
-    assert [event.machine_state for event in host.events._past] == [state]
-    assert host.record_path.exists() is (name != "StopMachine")
+    ask(servicer, "StopMachine")
+    assert fake.told == ["shutdown"] and not host.migrating
+    assert published == [("", "off")]
+    found = host.record()
+    assert found is not None and found.ownership is Ownership.OFF
+
+
+def test_to_stop_a_machine_that_has_moved_does_not_switch_it_off(host: Host) -> None:
+    """It is the copy here that ends."""
+    host.adopt(cast("MachineClient", FakeMachine(host.run_directory("5e55"))))
+    known(host, Ownership.GONE)
+    ask(HostServicer(host), "StopMachine")
+    found = host.record()
+    assert found is not None and found.ownership is Ownership.RELEASED
 
 
 @pytest.mark.parametrize("name", ["Migrate", "Cancel"])
@@ -301,6 +519,26 @@ def test_a_daemon_serves_until_a_signal(
     Host("destination", host.directory).close()  # it has let go of the directory
 
 
+def test_nobody_is_answered_before_it_is_known_what_the_host_owns(
+    host: Host, signals: dict[int, Callable[..., None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    start = Server.start
+
+    def starting(server: Server) -> None:
+        order.append("start")
+        start(server)
+        signals[signal.SIGTERM](signal.SIGTERM, None)
+
+    def opening() -> str:
+        order.append("opening")
+        return "no machine"
+
+    monkeypatch.setattr(Server, "start", starting)
+    assert serve(host, opening, lambda: order.append("closing")) == 0
+    assert order == ["opening", "start", "closing"]
+
+
 def test_a_daemon_that_cannot_open_its_machine_says_so_in_a_line(
     host: Host, signals: dict[int, Callable[..., None]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +546,20 @@ def test_a_daemon_that_cannot_open_its_machine_says_so_in_a_line(
     assert serve(host, lambda: host.open_machine(None), lambda: None) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("switchover: ") and printed.err.count("\n") == 1
+
+
+def test_a_machine_that_refuses_to_go_on_is_a_line_too(
+    host: Host, machine: FakeMachine, signals: dict[int, Callable[..., None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def take_over() -> None:
+        raise RequestError("EINVAL", "the machine has failed: nic0")
+
+    machine.take_over = take_over  # type: ignore[attr-defined]  # what `__getattr__` would have returned
+    known(host, Ownership.STARTING)
+    assert serve(host, lambda: host.open_machine(None), lambda: None) == 1
+    assert capsys.readouterr().err == "switchover: the machine has failed: nic0\n"
+    found = host.record()
+    assert found is not None and found.ownership is Ownership.STARTING
 
 
 def test_a_daemon_whose_port_is_taken_does_not_open_the_machine(

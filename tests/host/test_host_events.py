@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from switchover.v1 import host_pb2
 
+from common.host import events as events_module
 from common.host.events import Event, Events
 
 
@@ -144,3 +145,23 @@ def test_what_is_published_is_a_copy(events: Events, watch: Callable[[str], Watc
     mine.sent_bytes = 2
     events.publish("a", result=result())
     assert watch("a").join()[0].progress.sent_bytes == 1
+
+
+def test_a_watcher_that_has_gone_before_it_began_is_forgotten(events: Events) -> None:
+    events.publish("a", message="one")
+    assert list(events.watch("a", on_end=lambda _: False)) == []
+    assert not events._watchers
+
+
+def test_a_watcher_that_does_not_keep_up_misses_progress_only(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events_module, "QUEUE_LIMIT", 3)
+    watching = events.watch("a", on_end=lambda _: True)
+    events.publish("a", message="before")
+    assert next(watching).message == "before"
+    for sent in range(10):
+        events.publish("a", progress=progress(sent))
+    events.publish("a", message="after")
+    events.publish("a", result=result())
+    seen = list(watching)
+    assert [event.progress.sent_bytes for event in seen if event.HasField("progress")] == [0, 1, 2]
+    assert said(seen) == ["after"] and seen[-1].HasField("result")

@@ -40,3 +40,12 @@ def test_says_that_it_is_there_and_waits_until_it_is_let_go(monkeypatch: pytest.
     (tmp_path / "point").touch()
     hooks.reach("point")
     assert held.is_set() and len(waited) == 3
+
+
+def test_a_guard_is_in_place_unless_it_was_taken_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hooks, "_DIRECTORY", tmp_path)
+    assert hooks.guarded("it")
+    (tmp_path / "it.off").touch()
+    assert not hooks.guarded("it") and hooks.guarded("another")
+    monkeypatch.setattr(hooks, "_DIRECTORY", None)
+    assert hooks.guarded("it")

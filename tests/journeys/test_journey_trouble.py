@@ -154,7 +154,7 @@ def test_what_a_migration_is_refused_for(rig: Rig) -> None:
         arrived()
         assert refusal(destination.address).reason == "MIGRATION_RUNS"
         with pytest.raises(grpc.RpcError) as caught:
-            source.stub.Pause(host_pb2.PauseRequest(), timeout=20)
+            source.stub.StopMachine(host_pb2.StopMachineRequest(), timeout=20)
         assert peer_error(caught.value).reason == "MIGRATION_RUNS"
         source.stub.Cancel(host_pb2.CancelRequest(), timeout=20)
     assert source.follow(session).result == "cancelled"

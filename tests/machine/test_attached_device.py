@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.machine import device as device_module
@@ -158,6 +158,12 @@ def test_restores_what_software_may_write_and_nothing_else(device: AttachedDevic
     assert device.config_space() == bytes(config)
 
 
+def test_what_is_pending_twice_is_signalled_once() -> None:
+    assert Pending((0, 2), (1,)) | Pending((2, 1)) == Pending((0, 1, 2), (1,))
+    assert Pending() | Pending((), (0,)) == Pending((), (0,))
+
+
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 2)), st.sets(st.integers(0, 1)))
 def test_what_was_pending_is_taken_once_and_signalled_again(vectors: set[int], doorbells: set[int]) -> None:
     client = FakeClient()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import threading
@@ -19,10 +20,11 @@ from common.machine import record
 from common.machine import service as service_module
 from common.machine.client import Changes, DeviceConfig, DeviceSizes, MachineClient, MappingChange, Tracking
 from common.machine.config import MachineSpec, ViommuSpec
-from common.machine.device import Digest, Pending
+from common.machine.device import Digest, Pending, Sizes
 from common.machine.machine import Machine
 from common.machine.record import Ownership, Record
 from common.machine.service import MachineService
+from common.machine.state_changes import StateChanges
 from common.memory import bitmap
 from common.memory.ram import GuestRam
 from common.vfio.feature import PrecopyInfo
@@ -43,12 +45,16 @@ class FakeDevice:
         self.state = DeviceState.RUNNING
         self.client = SimpleNamespace(
             extension=SimpleNamespace(comparable_dump=True),
-            mig_data_read=lambda size: b"d" * min(size, 5),
             mig_data_write=lambda data: notes.append(f"{name} takes {bytes(data)!r}"),
         )
 
-    def enter(self, state: DeviceState) -> None:
-        self.notes.append(f"{self.name} enters {state.name}")
+    def read_saved(self, size: int) -> tuple[int, bytes]:
+        return 4, b"d" * min(size, 5)
+
+    def sizes(self) -> Sizes:
+        if self.name == "nic0":
+            return Sizes(4, PrecopyInfo(3, 4), None, length_failed=True)
+        return Sizes(0, None, 9, length_failed=False)
 
     def digest(self) -> Digest:
         return Digest((1 << 64) - 1, (1, 2), 3, compared=True)
@@ -67,7 +73,7 @@ class FakeLeaving:
 
     def __init__(self, machine: Any) -> None:
         self.notes: list[str] = machine.notes
-        self.running = machine.state == "running"
+        self.running: bool = machine.state == "running"
         self.notes.append("begins")
 
     def __getattr__(self, name: str) -> Callable[[], None]:
@@ -76,8 +82,9 @@ class FakeLeaving:
     def start_tracking(self) -> list[tuple[SimpleNamespace, str, str]]:
         return [(SimpleNamespace(name="default"), "device", "all log")]
 
-    def sizes(self, name: str) -> tuple[PrecopyInfo | None, int | None]:
-        return (PrecopyInfo(3, 4), None) if name == "nic0" else (None, 9)
+    def pause_vcpus(self) -> bool:
+        self.notes.append("pause_vcpus")
+        return self.running
 
     def sync(self) -> dict[str, bitmap.Words]:
         vcpu, default = bitmap.empty(PAGES), bitmap.empty(PAGES)
@@ -92,6 +99,9 @@ class FakeLeaving:
     def could_have_written(self, page: int) -> list[str]:
         return [f"nic0 may have written {page}"]
 
+    def late_writes(self, first: int, pages: int) -> list[str]:
+        return [f"{first} + {pages}"]
+
 
 class FakeMachine:
     """A machine without processes."""
@@ -99,12 +109,15 @@ class FakeMachine:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.state = "running"
+        self.arrives = False
+        self.state_changes = StateChanges()
         self.spec = MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
         self.ram = GuestRam.create(64 << 20)
         self.devices = {name: FakeDevice(name, self.notes) for name in ("nic0", "nic1")}
         self.containers = {"default": FakeContainer()}
         self.vcpus = SimpleNamespace(
-            report=lambda: {"gap_us": 1234}, throttle=lambda percent: self.notes.append(f"throttle {percent}")
+            report=lambda: {"gap_us": 1234, "gap_run": 5},
+            throttle=lambda percent: self.notes.append(f"throttle {percent}"),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -112,6 +125,12 @@ class FakeMachine:
 
     def blockers(self) -> list[str]:
         return ["one", "two"]
+
+    def enter(self, device: FakeDevice, state: DeviceState, recover: DeviceState) -> None:
+        self.notes.append(f"{device.name} enters {state.name}, else {recover.name}")
+
+    def fail(self, cause: str) -> None:
+        self.notes.append(f"failed: {cause}")
 
     def pause(self) -> None:
         self.notes.append("pause")
@@ -128,6 +147,9 @@ class FakeArriving:
 
     def enter_resuming(self) -> None:
         self.notes.append("enter_resuming")
+
+    def restart(self, name: str) -> None:
+        self.notes.append(f"{name} restarts")
 
     def change_mappings(self, removed: Any, added: Any) -> None:
         self.notes.append((removed, added))
@@ -190,7 +212,7 @@ def test_a_machine_as_a_whole(rig: Rig) -> None:
         ("nic0", "nic", "RUNNING", True),
         ("nic1", "nic", "RUNNING", True),
     ]
-    assert client.guest_gap_us() == 1234
+    assert (client.guest_gap_us(5), client.guest_gap_us(6)) == (1234, None)
     client.pause()
     client.throttle(30)
     assert rig.machine.notes == ["pause", "throttle 30"]
@@ -211,7 +233,7 @@ def test_a_refusal_is_the_machines_own_words(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["start_tracking", "enter_precopy", "mapping_changes", "sync", "pause_vcpus", "quiesce", "rest"]
+    "name", ["start_tracking", "enter_precopy", "mapping_changes", "sync", "pause_vcpus", "quiesce", "rest", "running"]
 )
 def test_nothing_leaves_before_it_begins(rig: Rig, name: str) -> None:
     with pytest.raises(RequestError, match="no migration runs"):
@@ -223,16 +245,17 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
     assert client.begin("5e55") is True
     assert client.start_tracking() == [Tracking("default", "device", "all log")]
     client.enter_precopy()
-    assert bytes(client.read_device("nic0", 3)) == b"ddd"
-    assert client.sizes("nic0") == DeviceSizes(3, 4, None)
-    assert client.sizes("nic1") == DeviceSizes(None, None, 9)
+    assert client.running() is True
+    assert client.read_device("nic0", 3) == (4, b"ddd")
+    assert client.sizes("nic0") == DeviceSizes(4, 3, 4, None, length_failed=True)
+    assert client.sizes("nic1") == DeviceSizes(0, None, None, 9, length_failed=False)
     change = MappingChange("default", 0x1000, 0x2000, 0x5000, readable=True, writable=False)
     assert client.mapping_changes() == Changes((change,), (change, change))
     report = client.sync()
     assert bitmap.pages_of(report.sources["vCPU"]).tolist() == [1, 2]
     assert bitmap.pages_of(report.sources["default"]).tolist() == [PAGES - 1]
     assert bitmap.pages_of(report.union()).tolist() == [1, 2, PAGES - 1]
-    client.pause_vcpus()
+    assert client.pause_vcpus() is True
     client.quiesce()
     client.leave_stop_copy("nic1")
     rest = client.rest()
@@ -243,25 +266,27 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
     )
     assert client.digest("nic0") == Digest((1 << 64) - 1, (1, 2), 3, compared=True)
     assert client.explain(7) == ["nic0 may have written 7"]
+    assert client.late_writes(512, 3) == ["512 + 3"]
     client.end()
     assert rig.machine.notes == [
         "begins",
         "enter_precopy",
         "pause_vcpus",
         "stop_devices",
-        "nic1 enters STOP",
+        "nic1 enters STOP, else STOP",
         "end",
     ]
 
 
 def test_what_arrives_reaches_the_machine_as_it_is(rig: Rig) -> None:
-    rig.machine.state = "incoming"
+    rig.machine.state, rig.machine.arrives = "incoming", True
     client = rig.connect()
     assert client.begin("5e55") is False
     client.enter_resuming()
     added = MappingChange("default", 0x1000, 0x2000, 0x5000, readable=True, writable=False)
     client.change_mappings(Changes((MappingChange("default", 0x9000, 0x1000),), (added,)))
     client.write_device("nic1", b"xyz")
+    client.restart_device("nic1")
     configs = [DeviceConfig("nic0", b"abc", Pending((1,), (0,))), DeviceConfig("nic1", b"", Pending())]
     client.load({"clock": 2}, configs, paused=True)
     client.take_over()
@@ -269,6 +294,7 @@ def test_what_arrives_reaches_the_machine_as_it_is(rig: Rig) -> None:
         "enter_resuming",
         ([["default", 0x9000, 0x1000, 0, False, False]], [["default", 0x1000, 0x2000, 0x5000, True, False]]),
         "nic1 takes b'xyz'",
+        "nic1 restarts",
         ({"clock": 2}, {"nic0": b"abc", "nic1": b""}, {"nic0": Pending((1,), (0,)), "nic1": Pending()}, True),
         "take_over",
     ]
@@ -330,8 +356,44 @@ def test_a_migration_that_was_revoked_ends_with_its_daemon(rig: Rig) -> None:
     assert rig.machine.notes == ["begins", "end"]
 
 
+@pytest.mark.parametrize("began", ["running", "paused"])
+def test_a_machine_that_is_being_handed_over_says_so_until_that_is_decided(rig: Rig, began: str) -> None:
+    rig.machine.state = began
+    holder = rig.connect()
+    holder.begin("5e55")
+    holder.record(Ownership.COMMITTING)
+    assert rig.machine.state == "handing over"
+    holder.record(Ownership.OWNER)
+    assert rig.machine.state == began
+    holder.record(Ownership.COMMITTING)
+    holder.record(Ownership.GONE)
+    assert rig.machine.state == "moved"
+
+
+def test_a_machine_that_cannot_go_on_after_a_migration_has_failed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(_: FakeLeaving) -> None:
+        raise OSError("nic0: no answer")
+
+    monkeypatch.setattr(FakeLeaving, "end", end, raising=False)
+    client = rig.connect()
+    client.begin("5e55")
+    client.end()
+    assert rig.machine.notes == [
+        "begins",
+        "failed: it could not go on after a migration that has ended: nic0: no answer",
+    ]
+    assert rig.service.leaving is None
+
+
+def test_changes_of_states_are_told_to_who_asks(rig: Rig) -> None:
+    client = rig.connect()
+    last, _ = client.state_changes(None)
+    rig.machine.state_changes.note("nic0", DeviceState.PRE_COPY)
+    assert client.state_changes(last)[1] == [("nic0", "PRE_COPY")]
+
+
 def test_a_machine_that_was_arriving_ends_with_its_daemon(rig: Rig) -> None:
-    rig.machine.state = "incoming"
+    rig.machine.state, rig.machine.arrives = "incoming", True
     holder = rig.connect()
     holder.begin("5e55")
     rig.leave(holder)
@@ -339,7 +401,7 @@ def test_a_machine_that_was_arriving_ends_with_its_daemon(rig: Rig) -> None:
 
 
 def test_a_machine_that_is_committed_here_does_not_end_with_the_daemon(rig: Rig) -> None:
-    rig.machine.state = "incoming"
+    rig.machine.state, rig.machine.arrives = "incoming", True
     holder = rig.connect()
     holder.begin("5e55")
     holder.record(Ownership.COMMITTED)
@@ -350,8 +412,10 @@ def test_a_machine_that_is_committed_here_does_not_end_with_the_daemon(rig: Rig)
 def test_decisions_are_on_disk_when_they_are_answered(rig: Rig) -> None:
     client = rig.connect()
     client.record(Ownership.COMMITTING, session_id="5e55", peer="b:1")
-    expected = Record(UUID, "vm", 3, Ownership.COMMITTING, str(rig.directory), "5e55", "b:1")
+    expected = Record(UUID, "vm", 3, Ownership.COMMITTING, str(rig.directory), "5e55", "b:1", judged=True)
     assert record.read(rig.record_path) == expected  # incarnation 0 keeps it
+    client.record(Ownership.COMMITTING, session_id="5e55", peer="b:1", judged=False)
+    assert record.read(rig.record_path) == dataclasses.replace(expected, judged=False)
     client.record(Ownership.COMMITTED, session_id="5e55", incarnation=7)
     found = record.read(rig.record_path)
     assert found is not None and (found.incarnation, found.ownership) == (7, Ownership.COMMITTED)

@@ -33,6 +33,7 @@ class PowerFailureError(Exception):
         directory=st.text(),
         session_id=st.text(),
         peer=st.text(),
+        judged=st.booleans(),
     )
 )
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, written: Record) -> None:

@@ -53,6 +53,7 @@ def served() -> Iterator[tuple[Servicer, str]]:
         lambda grpc_server: host_pb2_grpc.add_HostServiceServicer_to_server(servicer, grpc_server),
         [HOST_SERVICE],
     )
+    server.start()
     yield servicer, server.address
     server.stop(0)
 
@@ -234,6 +235,7 @@ def test_bulk_streams_have_connections_of_their_own(served: tuple[Servicer, str]
         lambda grpc_server: host_pb2_grpc.add_HostServiceServicer_to_server(Peers(cast("Host", None)), grpc_server),
         [],
     )
+    server.start()
     channels = [open_bulk_channel(server.address), open_bulk_channel(server.address), open_channel(server.address)]
     for opened in channels:
         pause(opened)()

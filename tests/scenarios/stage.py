@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,10 @@ class Scenario:
     def prepare(self, stage: Stage) -> None:
         """Do what comes before, with all guards in place."""
 
+    def unguarded(self, stage: Stage) -> AbstractContextManager[None]:
+        """Take the guard away for the whole play."""
+        return stage.without(self.GUARD)
+
     def play(self, stage: Stage, *, guarded: bool) -> host_pb2.MigrationResult:
         raise NotImplementedError
 
@@ -191,7 +195,7 @@ class Scenario:
 
     def test_the_verifier_finds_it(self, stage: Stage) -> None:
         self.prepare(stage)
-        with stage.without(self.GUARD):
+        with self.unguarded(stage):
             result = self.play(stage, guarded=False)
         told = json.dumps(report(result), indent=1)
         assert (result.result, result.reason, result.verified) == ("failed", "DATA_LOSS", "false"), told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import grpc
 import pytest
@@ -107,22 +108,28 @@ class TestLateDma(Scenario):
     """
 
     GUARD = "late-dma"
-    LATENCY = 1.5
-    MACHINE = driven("nvme", f"latency_us = {LATENCY * 1e6:.0f}")
+    MACHINE = driven("nvme")
     WRITER = "nvme0"
+
+    def unguarded(self, stage: Stage) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def play(self, stage: Stage, *, guarded: bool) -> host_pb2.MigrationResult:
         with stage.held("source.switchover") as at_the_end, stage.held("source.handover") as compared:
             session = stage.begin()
             at_the_end()
-            # As soon as a batch is finished the next one is posted, and takes its time.
-            stage.wait_for_more("driver0", "finished", 1)
+            # The nvme knows of commands, and is about to carry them out.
+            due = stage.held("device.due")
+            due()
             at_the_end.release()
             compared()
-            with stage.held("nvme0-dma-written") as written:
-                if guarded:
-                    time.sleep(self.LATENCY)
-                else:
+            if guarded:
+                due.release()
+                time.sleep(0.2)
+            else:
+                # Not before, for the nvme at the destination stands still with the same commands.
+                with stage.without(self.GUARD), stage.held("nvme0-dma-written") as written:
+                    due.release()
                     written()
         return stage.end(session)
 

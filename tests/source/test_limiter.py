@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -20,16 +21,21 @@ class FakeTime:
     def monotonic(self) -> float:
         return self.now
 
-    def sleep(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> bool:
         assert seconds > 0
         self.slept.append(seconds)
         self.now += seconds
+        return False
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(limiter, "time", self)
+        patch.setattr(limiter, "threading", SimpleNamespace(Lock=threading.Lock, Event=lambda: self))
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(limiter, "time", fake)
+    fake.install(monkeypatch)
     return fake
 
 
@@ -47,7 +53,7 @@ def test_never_more_than_the_rate_allows(rate: float, takes: list[tuple[int, flo
     """Over any span from the start or from an idle moment on: the rate, and a hundredth of a second of burst."""
     fake = FakeTime()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limiter, "time", fake)
+        fake.install(patch)
         limited = Limiter(rate)
         starts: list[tuple[float, int]] = [(fake.now, 0)]
         sent = 0
@@ -84,13 +90,28 @@ def test_all_streams_draw_from_one_budget(clock: FakeTime) -> None:
     limited.take(0)
     nested: list[float] = []
 
-    def sleep(seconds: float) -> None:
+    def wait(seconds: float) -> bool:
         if not nested:
             nested.append(seconds)
             limited.take(1_000_000)
         else:
             nested.append(seconds)
+        return False
 
-    clock.sleep = sleep  # type: ignore[method-assign]  # as another thread would come in between
+    clock.wait = wait  # type: ignore[method-assign]  # as another thread would come in between
     limited.take(1_000_000)
     assert nested == [pytest.approx(1.0, abs=BURST_SECONDS), pytest.approx(2.0, abs=BURST_SECONDS)]
+
+
+def test_lifting_it_lets_go_who_waits_and_who_comes() -> None:
+    limited = Limiter(1.0)
+    waiting = [threading.Thread(target=limited.take, args=(1 << 20,), daemon=True) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    waiting[0].join(0.05)
+    assert waiting[0].is_alive()
+    limited.lift()
+    limited.take(1 << 20)
+    for thread in waiting:
+        thread.join(10)
+        assert not thread.is_alive()

@@ -92,3 +92,10 @@ def test_the_first_ack_is_not_an_infinite_bandwidth(now: list[float]) -> None:
     meter = Meter()
     meter.applied(256, MIB)
     assert meter.current_bandwidth() == pytest.approx(MIB / ENOUGH_SECONDS)
+
+
+def test_a_link_that_carries_nothing_any_more_shows_nothing(now: list[float]) -> None:
+    meter = Meter()
+    meter.applied(1, 8 * MIB)
+    now[0] += 5.0
+    assert meter.current_bandwidth() == 0

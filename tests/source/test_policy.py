@@ -105,7 +105,7 @@ def test_limits_end_it(elapsed: float, number: int, limits: Limits, said: str | 
 def test_a_device_that_does_not_load_is_named_when_it_was_what_was_missing() -> None:
     decision = decide([facts(elapsed_s=9.0, dirty_bytes=0, initial_data_loaded=False)], Limits(timeout_s=9.0))
     assert decision.action is Action.GIVE_UP
-    assert "has not loaded its initial data; a longer --timeout would help" in decision.reason
+    assert "has not loaded its initial data; a higher limit would help" in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -219,3 +219,26 @@ def test_one_bad_round_slows_nobody() -> None:
     assert decide([good, bad], limits).action is Action.ITERATE
     assert decide([good, bad, bad], limits).action is Action.THROTTLE
     assert decide([bad, bad], replace(limits, auto_converge=False)).action is Action.ITERATE
+
+
+def test_a_step_counts_only_rounds_at_its_own_throttle() -> None:
+    """QEMU counts from 0 again after each step: the round that was under way when it came tells nothing of it."""
+    limits = Limits(max_downtime_s=0.01, auto_converge=True)
+    history: list[RoundFacts] = []
+    steps: list[int] = []
+    throttle = 0
+    for number in range(8):
+        history.append(facts(number=number, dirty_bytes=90 * MB, throttle_percent=throttle))
+        throttle = decide(history, limits).throttle_percent
+        steps.append(throttle)
+    assert steps == [0, 20, 20, 30, 30, 40, 40, 50]
+
+
+def test_devices_that_have_too_much_to_send_are_what_is_told() -> None:
+    """No throttle and no more rounds make what a device sends in STOP_COPY less."""
+    last = facts(dirty_bytes=1 * MB, device_bytes=31 * MB)
+    decision = decide([last], Limits(0.3, timeout_s=1.0, auto_converge=True))
+    assert decision.action is Action.GIVE_UP
+    assert "the devices have to send in the switchover alone takes 310 ms at 100.0 MB/s" in decision.reason
+    assert "with --max-downtime 401ms or a faster link" in decision.reason
+    assert "time" not in decision.reason.partition("would converge")[2].replace("--max-downtime", "")

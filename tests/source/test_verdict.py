@@ -91,6 +91,38 @@ def test_a_page_behind_the_hole_has_the_address_that_the_guest_knows() -> None:
     assert result.mismatches[0].gpa == HIGH_START + 3 * PAGE_SIZE
 
 
+def test_chunks_without_pages_are_data_loss_too() -> None:
+    """A deferred verdict has no page digests: the machine runs, and its pages have changed since."""
+    result = host_pb2.MigrationResult()
+    mismatches = [migration_pb2.ChunkMismatch(chunk=chunk) for chunk in (1, 3)]
+    said = "^2 chunks of 2 MiB at the destination differ from the source's, the first at GPA 0x200000"
+    with pytest.raises(DataLossError, match=f"{said}; only vCPUs could have written to it$"):
+        judge_memory(mismatches, page_digests, LAYOUT, History(), nobody, result)
+    asked: list[int] = []
+
+    def nic(page: int) -> list[str]:
+        asked.append(page)
+        return ["nic0 at IOVA 0x5"] if page == CHUNK_PAGES + 7 else []
+
+    with pytest.raises(DataLossError, match=f"{said}; pages of it could have been written by: vcpu, nic0 at IOVA 0x5$"):
+        judge_memory(mismatches, page_digests, LAYOUT, History(), nic, result)
+    assert asked == list(range(CHUNK_PAGES, CHUNK_PAGES + 8))  # of the first chunk, until one is found
+
+
+def test_a_chunk_whose_pages_are_equal_by_now_still_differs() -> None:
+    with pytest.raises(DataLossError, match=r"^1 chunks of 2 MiB at the destination differ"):
+        judge_memory([mismatch(2, set())], page_digests, LAYOUT, History(), nobody, host_pb2.MigrationResult())
+
+
+def test_a_chunk_that_is_not_in_ram_is_never_read() -> None:
+    def read(chunk: int) -> Digests:
+        pytest.fail(f"reads chunk {chunk}")
+
+    found = migration_pb2.ChunkMismatch(chunk=CHUNKS, page_digests=bytes(CHUNK_PAGES * 8))
+    with pytest.raises(DataLossError, match="difference in chunk 4, which is not in RAM"):
+        judge_memory([found], read, LAYOUT, History(), nobody, host_pb2.MigrationResult())
+
+
 def devices(*names: str) -> host_pb2.MigrationResult:
     return host_pb2.MigrationResult(
         devices=[host_pb2.DeviceResult(name=name, verified="not verified") for name in names]

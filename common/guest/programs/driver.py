@@ -59,12 +59,13 @@ class DriverState(ctypes.LittleEndianStructure):
     spurious: int
     stalls: int
     remaps: int
+    resets: int
 
 
 class Driver(Program[_State], Generic[_State]):
     """Base of drivers. They add what an entry is, and what its completion must look like."""
 
-    COUNTERS: tuple[str, ...] = ("posted", "finished", "interrupts", "spurious", "stalls", "remaps")
+    COUNTERS: tuple[str, ...] = ("posted", "finished", "interrupts", "spurious", "stalls", "remaps", "resets")
     COMPLETION: str  # the field of a ring entry that the device makes nonzero
     MAGIC: int
 
@@ -173,6 +174,16 @@ class Driver(Program[_State], Generic[_State]):
         state.audit_ns = state.waiting_ns = moment.run_ns
         state.running = 1
         return moment.now_ns
+
+    def reset(self) -> None:
+        """Reset the device, lose what it was told to do, and set it up again with the buffers that it had."""
+        state = self.state
+        self.device.reset()
+        self.device.enable()
+        self.ring.clear()
+        state.posted = state.finished = state.polling = state.running = 0
+        state.resets += 1
+        self.prepare()
 
     def map_for_good(self, gpa: int, size: int) -> int:
         """Map whole pages that stay mapped; return their IOVA."""

@@ -32,7 +32,10 @@ def peer_window(memory_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NicKnobs:
-    """`remap`: packets from one new IOVA to the next, 0 for never; `buffers` of `buffer_size` bytes each."""
+    """`remap`: packets from one new IOVA to the next, 0 for never; `buffers` of `buffer_size` bytes each.
+
+    `reset_every`: packets after which the nic is reset, 0 for never; not with a peer, which keeps what it wrote.
+    """
 
     device: str
     remap: int = 64
@@ -40,12 +43,14 @@ class NicKnobs:
     buffers: int = 2 * RING_ENTRIES
     buffer_size: int = 2048
     stall_ms: int = 5000
+    reset_every: int = 0
 
     def __post_init__(self) -> None:
         check_knob("remap", self.remap, 0, 1 << 32)
         check_knob("buffers", self.buffers, RING_ENTRIES, 4096)
         check_knob("buffer_size", self.buffer_size, 64, 64 << 10)
         check_knob("stall_ms", self.stall_ms, 1, 3_600_000)
+        check_knob("reset_every", self.reset_every, 0, 0 if self.peer else 1 << 32)
 
 
 @in_ram
@@ -94,6 +99,9 @@ class NicDriver(Driver[NicState]):
 
     def post(self, moment: Moment) -> int:
         """Post all buffers that fit into the ring, a limited number at a time."""
+        if self._knobs.reset_every and self.state.finished >= self._knobs.reset_every:
+            self.reset()
+            return moment.now_ns
         first = self.state.posted
         count = min(self.ring.entries - self.outstanding, POST_LIMIT)
         if not count:

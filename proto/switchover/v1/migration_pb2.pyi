@@ -110,6 +110,8 @@ class _DeviceStateKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Devic
     """Bytes that were read in STOP_COPY."""
     DEVICE_STATE_KIND_END: _DeviceStateKind.ValueType  # 4
     """The device's stream is complete."""
+    DEVICE_STATE_KIND_RESTART: _DeviceStateKind.ValueType  # 5
+    """The device has left its saving session, paused or reset: all that its stream has brought is void, initial data too."""
 
 class DeviceStateKind(_DeviceStateKind, metaclass=_DeviceStateKindEnumTypeWrapper):
     """DeviceStateKind says what a record of a device's stream is."""
@@ -124,6 +126,8 @@ DEVICE_STATE_KIND_STOP_COPY_DATA: DeviceStateKind.ValueType  # 3
 """Bytes that were read in STOP_COPY."""
 DEVICE_STATE_KIND_END: DeviceStateKind.ValueType  # 4
 """The device's stream is complete."""
+DEVICE_STATE_KIND_RESTART: DeviceStateKind.ValueType  # 5
+"""The device has left its saving session, paused or reset: all that its stream has brought is void, initial data too."""
 Global___DeviceStateKind: _TypeAlias = DeviceStateKind  # noqa: Y015
 
 class _VerifyMode:
