@@ -68,6 +68,7 @@ class Arrival:
         self._applier: Applier | None = None
         self._reading: Future[None] | None = None
         self._paused = False
+        self._revoked_for = ""
         self.failure = ""
         self.guest_gap_us: int | None = None
 
@@ -149,6 +150,8 @@ class Arrival:
             for record in records:
                 self._expect(handover.PREPARING)
                 loading.check(name, record)
+                if record.kind == Kind.DEVICE_STATE_KIND_INIT_DATA_SENT:
+                    hooks.reach("destination.initial_data")
                 if record.data:
                     machine.write_device(name, record.data)
                 elif record.kind == Kind.DEVICE_STATE_KIND_RESTART:
@@ -289,8 +292,11 @@ class Arrival:
             try:
                 self._start()
             except (ClosedError, RequestError, OSError) as error:
-                # It is ours, and it does not run: the source keeps its copy, and an operator decides.
-                self.failure = str(error)
+                # It is ours, and it does not run. If it has not begun to start, the next COMMIT begins again; else the
+                # source keeps its copy, and an operator decides.
+                if self.state == handover.STARTING:
+                    self.failure = str(error)
+                    self._host.end_migration()
                 raise RefusalError(grpc.StatusCode.ABORTED, "NOT_STARTED", str(error)) from error
             start_us = int((time.monotonic() - began) * 1e6)
         self._pool.submit(self._settle_in)
@@ -311,11 +317,16 @@ class Arrival:
     def _settle_in(self) -> None:
         """After the start, off the clock: the machine is ours for good; its guest tells how long it stood still."""
         assert self._machine is not None
-        self._host.decide(self.session_id, COMMITTED)
-        self._record(Ownership.OWNER)
-        if self._verify != Verify.VERIFY_MODE_DEFERRED:
-            self._let_go()
-        self._host.end_migration()
+        try:
+            self._host.decide(self.session_id, COMMITTED)
+            self._record(Ownership.OWNER)
+            if self._verify != Verify.VERIFY_MODE_DEFERRED:
+                self._let_go()
+        except (ClosedError, RequestError, OSError) as error:
+            # It runs and is ours as the record says already; the next start of this daemon makes up for it.
+            _log.error("arrival not settled", session=self.session_id, message=str(error))
+        finally:
+            self._host.end_migration()
         self._host.events.publish(self.session_id, machine_state="paused" if self._paused else "running")
         deadline = time.monotonic() + IDLE_SECONDS
         while not self._paused and self.guest_gap_us is None and time.monotonic() < deadline:
@@ -335,6 +346,7 @@ class Arrival:
                 return
             state = handover.after(self.state, Event.REVOKE)
             self._host.decide(self.session_id, REVOKED)
+            self._revoked_for = reason
             self.state = state
         _log.info("arrival revoked", session=self.session_id, reason=reason)
         try:
@@ -367,7 +379,8 @@ class Arrival:
         self._active_at = time.monotonic()
         if self.state != state:
             name = handover.State.Name(self.state).removeprefix("SESSION_STATE_")
-            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}")
+            why = f": {self._revoked_for}" if self._revoked_for else ""
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}{why}")
 
     def streaming(self, stream: Callable[[], Iterator[Response]], context: grpc.ServicerContext) -> Iterator[Response]:
         """Serve one stream; one that breaks before COMMIT ends the session."""
@@ -380,7 +393,9 @@ class Arrival:
             raise
         except (ClosedError, RequestError, OSError) as error:
             self._lose(str(error))
-            raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", str(error)) from error
+            # Whoever fails because the session has ended says why it has.
+            why = self._revoked_for or str(error)
+            raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", why) from error
         finally:
             with self._decision:
                 self._open_streams -= 1

@@ -91,8 +91,7 @@ class AckedStream(Generic[Request, Response]):
         """Wait until everything that was sent is applied."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure is not None or self._applied == self.sequence)
-            if self._applied != self.sequence:
-                self.check()
+        self.check()
 
     def interrupt(self, failure: Exception) -> None:
         """End it with a failure, for all who wait and all who come; the first one counts."""

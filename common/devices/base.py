@@ -320,7 +320,6 @@ class EmulatedDevice(ABC):
 
     def mig_data_write(self, data: Buffer) -> None:
         """Take the next bytes of a state's stream (see `Migration.write`)."""
-        hooks.reach(f"{self.name}-mig-data-write")
         self._migration.write(data)
 
     def precopy_info(self) -> PrecopyInfo:

@@ -135,8 +135,11 @@ class Host:
                 return f"machine {known.name} found; whether it is at {known.peer} now is being asked"
             case Ownership.COMMITTED | Ownership.STARTING:
                 # It was committed to this host, so it is ours: what the last daemon did not come to do is done now.
-                machine.take_over()
                 self.decide(known.session_id, COMMITTED)
+                try:
+                    machine.take_over()
+                except RequestError as error:
+                    return f"machine {known.name} is this host's, and does not run: {error}"
                 machine.record(Ownership.OWNER, session_id=known.session_id)
         return f"machine {known.name} found {machine.describe().state}"
 

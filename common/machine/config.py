@@ -59,7 +59,10 @@ MAX_IMAGES = 1024
 MAX_JSON = 1 * MIB
 DEFAULT_REGION = 256 * MIB
 
-_FAULT = re.compile(r"unlogged|fail_load|fail_logging_start|fail_logging_report|fail:[A-Z0-9_]{1,32}", re.ASCII)
+_FAULT = re.compile(
+    r"unlogged|fail_(load|logging_start|logging_report|precopy_info|data_size|read|write|reset)|fail:[A-Z0-9_]{1,32}",
+    re.ASCII,
+)
 
 # Knobs by kind and by program: how a value is checked, and its default (None: left out, the device or program decides).
 _COMMON_KNOBS: dict[str, tuple[Check, Any]] = {

@@ -380,7 +380,7 @@ def test_a_bad_stream_ends_the_session_and_the_machine(rig: Rig) -> None:
     rig.prepare()
     refused(lambda: rig.pages(batch(2)))
     assert rig.state() == REVOKED and rig.machine.did("shutdown") and not rig.host.migrating
-    assert refused(lambda: rig.pages(batch(1))) == "WRONG_STATE: the session is REVOKED"
+    assert refused(lambda: rig.pages(batch(1))) == "WRONG_STATE: the session is REVOKED: lane 0: batch 2 after 0"
     assert not rig.machine.memory.bytes[: 8 * PAGE_SIZE].any()
 
 

@@ -195,3 +195,45 @@ def test_a_digest_of_a_dump_leaves_the_device_in_stop(device: AttachedDevice, cl
     assert device.digest().dump == xxhash.xxh3_64_intdigest(b"abcde")
     assert client.states == [DeviceState.STOP, DeviceState.STOP_COPY, DeviceState.STOP]
     assert device.state is DeviceState.STOP
+
+
+def test_reads_say_which_session_they_are_of(device: AttachedDevice, client: FakeClient) -> None:
+    assert device.read_saved(5) == (0, b"")  # and the device was not asked
+    device.enter(DeviceState.PRE_COPY)
+    device.enter(DeviceState.PRE_COPY_P2P)
+    assert device.read_saved(5) == (1, b"abc")
+    device.enter(DeviceState.STOP)
+    assert device.read_saved(5) == (0, b"")
+    device.enter(DeviceState.STOP_COPY)
+    assert device.read_saved(5) == (2, b"de")
+    device.reset()
+    assert (device.session, device.state) == (0, DeviceState.RUNNING)
+
+
+def test_what_kept_a_device_out_of_a_session_is_told_by_the_read(device: AttachedDevice) -> None:
+    device.failure = OSError(errno.EIO, "no PRE_COPY")
+    with pytest.raises(OSError, match="no PRE_COPY"):
+        device.read_saved(5)
+
+
+def test_each_change_is_told_once(device: AttachedDevice, client: FakeClient) -> None:
+    told: list[tuple[str, DeviceState]] = []
+    device.on_state = lambda name, state: told.append((name, state))
+    client.refused = {DeviceState.STOP_COPY}
+    device.enter(DeviceState.STOP)
+    with pytest.raises(OSError, match="no STOP_COPY"):
+        device.enter(DeviceState.STOP_COPY, recover=DeviceState.STOP)
+    device.reset()
+    assert told == [("nic0", DeviceState.STOP), ("nic0", DeviceState.RUNNING)]
+
+
+def test_a_device_that_cannot_be_reset(
+    device: AttachedDevice, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EIO, "no reset")
+
+    monkeypatch.setattr(client, "reset", refuse)
+    client.refused = {DeviceState.STOP}
+    with pytest.raises(device_module.ResetFailedError, match="no STOP; no reset"):
+        device.enter(DeviceState.STOP)
