@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
 
-.PHONY: help demo test check proto proto-fresh wheel bench clean
+.PHONY: help demo test test-matrix check proto proto-fresh wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    migrate a machine over localhost'
 	@echo 'make test    run every test'
+	@echo 'make test-matrix  run the long journeys and scenarios'
 	@echo 'make check   format, lint, types, proto freshness and lint, wheel in a clean environment'
 	@echo 'make bench   measure (benchmarks/)'
 	@echo 'make proto   regenerate proto/switchover/v1'
@@ -31,6 +32,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Every device failure, tracking strategy and scenario: several minutes of real processes.
+test-matrix: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m matrix $(ARGS)
 
 check: $(VENV)/.installed-dev proto-fresh
 	$(BIN)/ruff format --check .

@@ -20,6 +20,8 @@ from test_journey_localhost import goes_on
 
 from common.rpc.errors import peer_error
 
+pytestmark = pytest.mark.matrix
+
 ALL_AT_ONCE = 60_000.0  # a downtime, in ms, that accepts whatever is left
 DEVICES = ("nic", "nvme", "accelerator")
 

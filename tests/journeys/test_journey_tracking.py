@@ -14,6 +14,8 @@ from common.datasheets import nic
 from common.guest.programs.driver_nic import peer_window
 from common.rpc.errors import peer_error
 
+pytestmark = pytest.mark.matrix
+
 ALL = ("nic", "nvme", "accelerator")
 NO_LOG = 'device_dirty_tracking = "off"'
 NOTHING_SEES_IT = f'{NO_LOG}\niommu_dirty_tracking = "off"'

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from stage import Scenario, Stage, driven, places
 from switchover.v1 import host_pb2
 
 from common.machine.client import Changes, MappingChange
 from common.memory.layout import PAGE_SIZE
+
+pytestmark = pytest.mark.matrix
 
 SLOW = "rate = 3000"  # bytes per second: two packets, so a buffer comes to its turn once in two minutes
 SPARE = 32 << 20  # RAM that nobody uses

@@ -16,6 +16,8 @@ from switchover.v1 import host_pb2
 from common.memory.layout import PAGE_SIZE
 from common.rpc.errors import peer_error
 
+pytestmark = pytest.mark.matrix
+
 WRITER = """
 [[guest]]
 program = "clock"
