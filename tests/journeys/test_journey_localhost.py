@@ -26,8 +26,13 @@ def goes_on(daemon: Daemon, since: dict[str, dict[str, int]] | None = None) -> d
     return wait_for(all_count, f"a guest program stands still: {before}", seconds=20)
 
 
+MORE_DEVICES = [("nvme",), ("accelerator",), ("nic", "nic", "nvme")]
+
+
 @pytest.mark.parametrize(
-    "devices", [(), ("nic",), ("nvme",), ("accelerator",), ALL, ("nic", "nic", "nvme")], ids="+".join
+    "devices",
+    [(), ("nic",), ALL, *(pytest.param(devices, marks=pytest.mark.matrix) for devices in MORE_DEVICES)],
+    ids="+".join,
 )
 def test_a_machine_moves_and_its_guest_goes_on(rig: Rig, image: Path, devices: tuple[str, ...]) -> None:
     source = rig.start("source", machine_toml(image=image, devices=devices))
@@ -108,7 +113,14 @@ def test_ram_above_4_gib(rig: Rig, image: Path) -> None:
     assert destination.look().machine.ram_allocated_bytes < 1 << 30
 
 
-@pytest.mark.parametrize("options", [("--verify", "deferred"), ("--verify", "off"), ("--lanes", "3"), ("--compress",)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--verify", "deferred"),
+        ("--lanes", "3"),
+        *(pytest.param(options, marks=pytest.mark.matrix) for options in (("--verify", "off"), ("--compress",))),
+    ],
+)
 def test_ways_to_send_and_to_verify(rig: Rig, image: Path, options: tuple[str, ...]) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic",)))
     destination = rig.start("destination")

@@ -18,7 +18,14 @@ from common.rpc.errors import PeerError, peer_error
 
 UUID = "6f0c8f0e-7d3f-4d0f-9a51-6b7cf1b1d9aa"
 EMPTY = MachineSpec("empty", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
-PHASES = ("source.precopy", "source.round1", "source.switchover", "source.paused", "source.stopped", "source.handover")
+PHASES = (
+    "source.precopy",
+    "source.stopped",
+    *(
+        pytest.param(point, marks=pytest.mark.matrix)
+        for point in ("source.round1", "source.switchover", "source.paused", "source.handover")
+    ),
+)
 MBIT = 1e6 / 8
 
 
