@@ -59,11 +59,14 @@ def traps(machine: Machine) -> dict[str, Handler]:
     def irq_enable(request: Message) -> None:
         machine.devices[request["device"]].guest_enable()
 
+    def irq_unmask(request: Message) -> None:
+        machine.devices[request["device"]].unmask()
+
     def device_reset(request: Message) -> None:
         hooks.reach("machine.device_reset")
         machine.reset_device(request["device"])
 
-    handlers = (mmio_read, mmio_write, mmio_block_read, iommu_map, iommu_unmap, irq_enable, device_reset)
+    handlers = (mmio_read, mmio_write, mmio_block_read, iommu_map, iommu_unmap, irq_enable, irq_unmask, device_reset)
     return {handler.__name__: _refusing(handler) for handler in handlers}
 
 

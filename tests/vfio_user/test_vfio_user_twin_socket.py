@@ -77,7 +77,7 @@ def test_dma_by_message_comes_on_the_twin_socket() -> None:
 
 def test_the_device_is_gone_with_either_socket() -> None:
     gone = threading.Event()
-    with served() as (sock, server, commands):
+    with served() as (sock, _, commands):
         client = VfioUserClient(sock, "far0", on_close=gone.set)
         commands.shutdown()
         assert gone.wait(5)

@@ -191,6 +191,7 @@ class Device(_message.Message):
     MIGRATION_FIELD_NUMBER: _builtins.int
     DMA_LOGGING_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name in the machine file."""
     kind: _builtins.str
@@ -205,6 +206,10 @@ class Device(_message.Message):
     def migration(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """VFIO_MIGRATION_* names, for example "STOP_COPY"."""
 
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is not known of it, and which rule is followed for that, in sentences."""
+
     def __init__(
         self,
         *,
@@ -214,10 +219,11 @@ class Device(_message.Message):
         migration: _abc.Iterable[_builtins.str] | None = ...,
         dma_logging: _builtins.bool = ...,
         container: _builtins.str = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "dma_logging", b"dma_logging", "kind", b"kind", "migration", b"migration", "name", b"name", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "dma_logging", b"dma_logging", "kind", b"kind", "migration", b"migration", "name", b"name", "notes", b"notes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
