@@ -65,6 +65,7 @@ _PROGRAM_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
         "remap": (integer(0, 1 << 32), None),  # the driver's own default
         "peer": (name, None),
         "reset_every": (integer(0, 1 << 32), None),  # only a nic's
+        "delay_s": (integer(1, 3600), None),  # only a sample's
     },
 }
 

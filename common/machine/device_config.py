@@ -63,6 +63,7 @@ _DEVICE_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
         "latency_us": (integer(0, 10_000_000), 100),
         **_COMMON_KNOBS,
     },
+    "sample": dict(_COMMON_KNOBS),
     "accelerator": {
         # A PCI BAR shows this memory, and BARs are powers of two.
         "memory": (size(64 << 10, 16 << 30, power_of_two=True), 16 << 20),
