@@ -70,11 +70,16 @@ class SampleDriver(Program[SampleState]):
         self._iovas = IovaAllocator(area, iova_top)
         self._pages = area.array((PAGES, PAGE_SIZE), np.uint8)
 
+    def begin(self, moment: Moment) -> None:
+        """Begin with nothing mapped."""
+        self._iovas.begin()
+        self.state.run = moment.run
+
     def step(self, moment: Moment) -> int:
         """Set up, arm, or look whether what was armed has come."""
         state = self.state
         if not state.mapped:
-            self._set_up(moment)
+            self._set_up()
         if moment.run != state.run:
             state.run = moment.run
             if state.cycles:
@@ -95,13 +100,11 @@ class SampleDriver(Program[SampleState]):
             state.armed = 0
         return moment.now_ns + POLL_NS
 
-    def _set_up(self, moment: Moment) -> None:
+    def _set_up(self) -> None:
         self._device.enable()
-        self._iovas.begin()
         for page in range(PAGES):
             self._device.map(self._iovas.allocate(PAGE_SIZE), self._pages.gpa + page * PAGE_SIZE, PAGE_SIZE)
         self.state.mapped = 1
-        self.state.run = moment.run
 
     def _arm(self, moment: Moment) -> None:
         state = self.state
