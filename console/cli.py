@@ -10,12 +10,15 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from common.machine.attachments import read_attachments
+from common.machine.device_config import Attachment
 from common.machine.fields import ConfigError
 from common.machine.quantities import parse_duration, parse_rate, parse_size
 from console.errors import CommandError
@@ -114,8 +117,28 @@ Devices = Annotated[
 ]
 
 
+DeviceSockets = Annotated[
+    list[str] | None,
+    typer.Option("--device-socket", metavar="NAME=PATH", help="Where to find a device that somebody else serves."),
+]
+DeviceFile = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="The same for several devices, and commands that start them (TOML)."),
+]
+
+
 def _kinds(devices: str | None) -> dict[str, list[str]]:
     return {} if devices is None else {"device_kinds": [kind for kind in devices.split(",") if kind]}
+
+
+def _attachments(sockets: list[str] | None, file: Path | None) -> dict[str, Attachment]:
+    found = read_attachments(file) if file is not None else {}
+    for text in sockets or ():
+        name, separator, path = text.partition("=")
+        if not (separator and name and path):
+            raise CommandError(f'--device-socket "{text}" is not NAME=PATH', ExitCode.USAGE)
+        found[name] = replace(found.get(name, Attachment()), socket=str(Path(path).expanduser().absolute()))
+    return found
 
 
 @app.command()
@@ -127,21 +150,32 @@ def source(listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_d
 
 
 @app.command()
-def destination(listen: Listen = DEFAULT_LISTEN, state_dir: StateDir = None, devices: Devices = None) -> int:
+def destination(
+    listen: Listen = DEFAULT_LISTEN,
+    state_dir: StateDir = None,
+    devices: Devices = None,
+    device_sockets: DeviceSockets = None,
+    device_file: DeviceFile = None,
+) -> int:
     """Run the daemon that machines arrive at."""
     from destination.daemon import run
 
-    return run(listen, state_dir, **_kinds(devices))
+    return run(listen, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
 
 
 @app.command()
 def host(
-    listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_dir: StateDir = None, devices: Devices = None
+    listen: Listen = DEFAULT_LISTEN,
+    machine: MachineFile = None,
+    state_dir: StateDir = None,
+    devices: Devices = None,
+    device_sockets: DeviceSockets = None,
+    device_file: DeviceFile = None,
 ) -> int:
     """Run both daemons in one: machines arrive and leave."""
     from console.host import run
 
-    return run(listen, machine, state_dir, **_kinds(devices))
+    return run(listen, machine, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -10,7 +10,10 @@ from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
 
 from common.host.daemon import configure_logs, fail, serve
 from common.host.host import Host, HostError
-from common.machine.config import DEVICE_KINDS, ConfigError, parse
+from common.machine.attachments import attachments_of
+from common.machine.config import parse
+from common.machine.device_config import DEVICE_KINDS, Attachment
+from common.machine.fields import ConfigError
 from destination import service as arrivals
 from destination.service import MigrationServicer
 from source.service import SourceServicer
@@ -18,12 +21,20 @@ from source.service import SourceServicer
 __all__ = ["run"]
 
 
-def run(listen: str, machine: Path | None, state_dir: Path | None, device_kinds: Sequence[str] = DEVICE_KINDS) -> int:
+def run(
+    listen: str,
+    machine: Path | None,
+    state_dir: Path | None,
+    device_kinds: Sequence[str] = DEVICE_KINDS,
+    attachments: Mapping[str, Attachment] | None = None,
+) -> int:
     """Serve until a signal; return the exit code."""
     configure_logs()
     try:
         spec = parse(machine) if machine is not None else None
-        host = Host("host", state_dir, device_kinds)
+        # A machine that comes back finds its devices where its own file says.
+        known = {**(attachments_of(spec) if spec is not None else {}), **(attachments or {})}
+        host = Host("host", state_dir, device_kinds, known)
     except ConfigError as error:
         return fail(str(error), 2)
     except (HostError, OSError) as error:

@@ -34,6 +34,9 @@ def print_status(console: Console, address: str, status: GetMachineResponse) -> 
     line(f"RAM: {format_size(machine.ram_bytes)}, of which {format_size(machine.ram_allocated_bytes)} hold data.")
     for table in _tables(machine):
         console.print(table)
+    for device in machine.devices:
+        for note in device.notes:
+            line(f"{device.name}: {note}", "yellow")
     for blocker in machine.blockers:
         line(f"It cannot migrate: {blocker}", "bold red")
     for program in machine.programs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -11,18 +11,23 @@ from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
 from common.host.daemon import configure_logs, fail, serve
 from common.host.host import Host, HostError
 from common.host.service import HostServicer
-from common.machine.config import DEVICE_KINDS
+from common.machine.device_config import DEVICE_KINDS, Attachment
 from destination import service as arrivals
 from destination.service import MigrationServicer
 
 __all__ = ["run"]
 
 
-def run(listen: str, state_dir: Path | None, device_kinds: Sequence[str] = DEVICE_KINDS) -> int:
+def run(
+    listen: str,
+    state_dir: Path | None,
+    device_kinds: Sequence[str] = DEVICE_KINDS,
+    attachments: Mapping[str, Attachment] | None = None,
+) -> int:
     """Serve until a signal; return the exit code."""
     configure_logs()
     try:
-        host = Host("destination", state_dir, device_kinds)
+        host = Host("destination", state_dir, device_kinds, attachments)
     except (HostError, OSError) as error:
         return fail(str(error))
     servicer = MigrationServicer(host)

@@ -22,9 +22,11 @@ from switchover.v1 import migration_pb2
 from common import hooks
 from common.host.host import COMMITTED, REVOKED, Host
 from common.ipc.channel import ClosedError, RequestError
+from common.machine.attachments import with_attachments
 from common.machine.client import Changes, DeviceConfig, MachineClient, MappingChange
-from common.machine.config import ConfigError, MachineSpec, from_json
+from common.machine.config import MachineSpec, from_json
 from common.machine.device import Digest, Pending
+from common.machine.fields import ConfigError
 from common.machine.launch import launch
 from common.machine.record import Ownership
 from common.memory.layout import PAGE_SIZE
@@ -76,13 +78,7 @@ class Arrival:
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
         """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING."""
-        spec = _describe(request)
-        missing = {device.kind for device in spec.devices} - self._host.device_kinds
-        if missing:
-            kinds = ", ".join(sorted(missing))
-            raise RefusalError(
-                grpc.StatusCode.FAILED_PRECONDITION, "NO_SUCH_DEVICE", f"this host has no device of kind {kinds}"
-            )
+        spec = _find_devices(_describe(request), self._host)
         _check_memory(sum(request.data_pages) * PAGE_SIZE)
         directory = self._host.run_directory(self.session_id)
         try:
@@ -465,6 +461,19 @@ def _describe(request: migration_pb2.PrepareRequest) -> MachineSpec:
             raise _bad(f"runs of data: {count} pages from {first} are not in order or not in RAM")
         end = first + count
     return spec
+
+
+def _find_devices(spec: MachineSpec, host: Host) -> MachineSpec:
+    """Return the description with this host's devices; refuse if it does not have them all."""
+    emulated = {device.kind for device in spec.devices if device.attachment is None}
+    try:
+        if missing := emulated - host.device_kinds:
+            raise LookupError(f"this host has no device of kind {', '.join(sorted(missing))}")
+        return with_attachments(spec, host.attachments)
+    except LookupError as error:
+        raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NO_SUCH_DEVICE", str(error)) from error
+    except ValueError as error:
+        raise _bad(f"machine description: {error}") from error
 
 
 def _check_memory(needed: int) -> None:

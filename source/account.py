@@ -73,7 +73,8 @@ class Account:
         self.result.machine_uuid = machine_uuid
         self.result.ram.bytes = ram_bytes
         self.result.devices.extend(
-            host_pb2.DeviceResult(name=device.name, kind=device.kind, verified="not verified") for device in devices
+            host_pb2.DeviceResult(name=device.name, kind=device.kind, verified="not verified", notes=device.notes)
+            for device in devices
         )
 
     def moved(self, streams: Sequence[DeviceStream], configs: Sequence[DeviceConfig]) -> None:

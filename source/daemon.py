@@ -8,7 +8,8 @@ from switchover.v1 import host_pb2, host_pb2_grpc
 
 from common.host.daemon import configure_logs, fail, serve
 from common.host.host import Host, HostError
-from common.machine.config import ConfigError, parse
+from common.machine.config import parse
+from common.machine.fields import ConfigError
 from source.service import SourceServicer
 
 __all__ = ["run"]

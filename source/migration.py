@@ -23,6 +23,7 @@ from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_
 from common import hooks
 from common.host.host import Host
 from common.ipc.channel import ClosedError, RequestError
+from common.machine.attachments import without_attachments
 from common.machine.config import to_json
 from common.machine.device import Digest
 from common.machine.record import Ownership
@@ -160,7 +161,7 @@ class Migration:
                     protocol_version=PROTOCOL_VERSION,
                     machine_uuid=spec.uuid or "",
                     incarnation=self._incarnation,
-                    machine_json=to_json(spec),
+                    machine_json=to_json(without_attachments(spec)),
                     data_first=data_first.tolist(),
                     data_pages=data_pages.tolist(),
                     lanes=self._request.lanes,

@@ -1,31 +1,31 @@
-"""sample: a timer that interrupts and then does a little DMA, and RAM: the device of libvfio-user's sample server.
+"""sample: the device of libvfio-user's sample server: a timer, a memory, DMA when the timer fires, INTx.
 
-BAR 0 is one register, TIMER. Written, it is armed: when the clock (CLOCK_REALTIME) has reached that second, at once if
-it has already, the device asserts INTx, which an access to TIMER acknowledges, and then does its exercise: it writes
-EXERCISE to the second of its mappings (in order of IOVA, of those that it may read and write), reads it back, and does
-the same to the first one by messages, even though that is mapped. Without such mappings, or without bus mastering, it
-does none. Read, TIMER says how many seconds ago it was due (negative: how many are left); the clock of a device that is
-stopped stands at 0. Only 8 bytes at once can be written, 0 disarms it, and numbers with the highest bit are refused.
+BAR 0 is one register of 8 bytes, TIMER. Written, it is a time in whole seconds since 1970 (CLOCK_REALTIME), and when
+that has come, at once if it has gone by, the device asserts INTx and then writes DMA_CONTENT to the first page of two
+of its mappings, and reads it back: of the second one directly, and of the first one by message, although it is mapped.
+Read, it is the seconds that have passed since that time (negative: that are left).
+BAR 1 is memory.
 
-BAR 1 is RAM. The rest of both BARs reads as zero and ignores writes. The interrupt is INTx; there is no MSI-X. Bus
-mastering is on after power-on, for the clients that this device is made for never switch it on.
-
-Its state is that of libvfio-user's sample too: the RAM and then TIMER, negated once it has fired. Nothing else is in
-it, so it moves between implementations. PRE_COPY brings the RAM, and STOP_COPY begins again with it; so of what is
-loaded, what counts is the end.
+Ours, where theirs is not as exact: an access to TIMER takes INTx back; 0 disarms the timer, and only 8 bytes without
+the highest bit can be written. First and second are by IOVA, among the mappings that can be read and written; without
+two of them there is less DMA. The clock of a device that is stopped stands at 0. BARs are powers of two, the rest of
+them reads as zero and ignores writes. Bus mastering is on after power-on: the clients that the device is made for never
+switch it on.
+The state is that of theirs, so it moves between ours and theirs: the memory, and TIMER, negated if it is not armed.
+PRE_COPY brings the memory, and STOP_COPY begins again with it; so of what is loaded, what counts is the end.
 """
 
 from __future__ import annotations
 
 VENDOR_ID = 0xDEAD
 DEVICE_ID = 0xBEEF
-SUBSYSTEM = (0xCAFE, 0xBABE)
+SUBSYSTEM = (0xCAFE, 0xBABE)  # its vendor and ID
 
 TIMER_BAR = 0
-TIMER_BAR_SIZE = 0x1000
-TIMER = 0x0  # i64: seconds since the epoch; read: seconds since then
-RAM_BAR = 1
-RAM_BAR_SIZE = 0x4000  # a BAR is a power of two
-RAM_SIZE = 0x3000
-
-EXERCISE = b"".join(letter * 1024 for letter in (b"A", b"B", b"C", b"D"))
+TIMER_BAR_SIZE = 0x1000  # of ours; theirs are as large as what is in them
+TIMER = 0x00
+TIMER_SIZE = 8
+MEMORY_BAR = 1
+MEMORY_BAR_SIZE = 0x4000
+MEMORY_SIZE = 0x3000
+DMA_CONTENT = b"".join(bytes([letter]) * 1024 for letter in b"ABCD")

@@ -35,11 +35,11 @@ class Sample(EmulatedDevice):
     """The device."""
 
     def __init__(self, name: str, knobs: SampleKnobs) -> None:
-        self._ram = bytearray(sample.RAM_SIZE)
+        self._ram = bytearray(sample.MEMORY_SIZE)
         self._due = 0  # what was written to TIMER
         self._armed = False
         self._fired = False  # and nobody has looked
-        bars = {sample.TIMER_BAR: sample.TIMER_BAR_SIZE, sample.RAM_BAR: sample.RAM_BAR_SIZE}
+        bars = {sample.TIMER_BAR: sample.TIMER_BAR_SIZE, sample.MEMORY_BAR: sample.MEMORY_BAR_SIZE}
         config = ConfigSpace(
             sample.DEVICE_ID,
             _CLASS_UNASSIGNED,
@@ -67,21 +67,21 @@ class Sample(EmulatedDevice):
 
     def bar_read(self, index: int, offset: int, count: int) -> bytes:
         """Read the timer, or RAM."""
-        if index == sample.RAM_BAR:
+        if index == sample.MEMORY_BAR:
             return bytes(self._ram[offset : offset + count]).ljust(count, b"\0")
         running = self._migration.running
-        if running and offset < _TIMER.size:
+        if running and offset < sample.TIMER_SIZE:
             self._fired = False
         passed = (int(time.time()) if running else 0) - self._due
         return _TIMER.pack(passed)[offset : offset + count].ljust(count, b"\0")
 
     def bar_write(self, index: int, offset: int, data: Buffer) -> None:
         """Set the timer, or write to RAM."""
-        if index == sample.RAM_BAR:
+        if index == sample.MEMORY_BAR:
             count = max(min(len(data), len(self._ram) - offset), 0)
             self._ram[offset : offset + count] = data[:count]
-        elif offset < _TIMER.size:
-            if offset or len(data) != _TIMER.size or _TIMER.unpack(data)[0] < 0:
+        elif offset < sample.TIMER_SIZE:
+            if offset or len(data) != sample.TIMER_SIZE or _TIMER.unpack(data)[0] < 0:
                 raise OSError(errno.EINVAL, f"no time: {len(data)} bytes at 0x{offset:x}")
             with self._engine.lock:
                 self._due = _TIMER.unpack(data)[0]
@@ -116,9 +116,9 @@ class Sample(EmulatedDevice):
         try:
             # The mapped one first: when the client has answered the last message, all of it is done.
             for by_message, iova in reversed([*zip((True, False), usable, strict=False)]):
-                for at in range(0, len(sample.EXERCISE), _CHUNK):
-                    self.dma.write(iova + at, sample.EXERCISE[at : at + _CHUNK], by_message=by_message)
-                for at in range(0, len(sample.EXERCISE), 2 * _CHUNK):
+                for at in range(0, len(sample.DMA_CONTENT), _CHUNK):
+                    self.dma.write(iova + at, sample.DMA_CONTENT[at : at + _CHUNK], by_message=by_message)
+                for at in range(0, len(sample.DMA_CONTENT), 2 * _CHUNK):
                     self.dma.read(iova + at, 2 * _CHUNK, by_message=by_message)
         except (DmaFault, DmaStalled):
             return
@@ -134,7 +134,7 @@ class _Format:
         return _Saving(self.ram)
 
     def load(self) -> _Loading:
-        return _Loading(len(self.ram) + _TIMER.size)
+        return _Loading(len(self.ram) + sample.TIMER_SIZE)
 
     def length(self, state: bytes) -> int:
         return len(self.ram) + len(state)

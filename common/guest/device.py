@@ -55,6 +55,14 @@ class GuestDevice:
             raise ValueError(f"{self.name}: {size} bytes of BAR {bar} were asked for, {len(data)} came")
         return data
 
+    def write_bar(self, bar: int, offset: int, data: bytes) -> None:
+        """Write to a BAR, any number of bytes."""
+        self.traps.call("mmio_block_write", payload=data, gpa=self.bars[bar] + offset)
+
+    def unmask(self) -> None:
+        """Say that a level-triggered interrupt was handled; for others it changes nothing."""
+        self.traps.call("irq_unmask", device=self.name)
+
     def ring_doorbell(self) -> None:
         """Tell the device that there is something in its ring."""
         if self.doorbell is None:

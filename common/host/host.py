@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from common.host.events import Events
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import MachineClient
-from common.machine.config import DEVICE_KINDS, MachineSpec
+from common.machine.config import MachineSpec
+from common.machine.device_config import DEVICE_KINDS, Attachment
 from common.machine.launch import launch
 from common.machine.record import Ownership, Record
 from common.rpc.errors import RefusalError
@@ -46,15 +47,23 @@ def default_state_dir(role: str) -> Path:
 class Host:
     """What a daemon holds. `role` is "source", "destination" or "host"."""
 
-    def __init__(self, role: str, state_dir: Path | None, device_kinds: Sequence[str] = DEVICE_KINDS) -> None:
+    def __init__(
+        self,
+        role: str,
+        state_dir: Path | None,
+        device_kinds: Sequence[str] = DEVICE_KINDS,
+        attachments: Mapping[str, Attachment] | None = None,
+    ) -> None:
         """Take the state directory; raise HostError if another daemon has it.
 
-        `device_kinds` are the emulated devices that machines which come here may have.
+        `device_kinds` are the emulated devices that machines which come here may have, `attachments` say by device
+        where somebody else's are found.
         """
         if unknown := set(device_kinds) - set(DEVICE_KINDS):
             raise HostError(f"no such device: {', '.join(sorted(unknown))}; there are: {', '.join(DEVICE_KINDS)}")
         self.role = role
         self.device_kinds = frozenset(device_kinds)
+        self.attachments = dict(attachments or {})
         self.directory = (state_dir or default_state_dir(role)).absolute()
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_file = (self.directory / "lock").open("w")

@@ -34,14 +34,28 @@ def device_error(error: OSError, text: str) -> OSError:
     return OSError(number, f"{text}: {os.strerror(number)}")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _DeviceLog:
     device: DmaDevice
     requests: str  # what the names of its requests begin with
     outlives_mapping: bool
+    any_page_size: bool  # REPORT takes another page size than START's
     start: Callable[[Sequence[Range]], int]
     stop: Callable[[], None]
     report: Callable[[int, int, int], Words]
+    page_size: int = PAGE_SIZE  # bytes; what START has answered
+
+    def pages(self, iova: int, length: int) -> Words:
+        """Return and clear the log of a range, one bit for 4 KiB; a bit of a larger page stands for all of it."""
+        asked = PAGE_SIZE if self.any_page_size else self.page_size
+        words = self.report(iova, length, asked)
+        if asked == PAGE_SIZE or not fits(words, length // asked):
+            return words
+        bits = np.unpackbits(words.view(np.uint8), count=length // asked, bitorder="little")
+        spread = empty(length // PAGE_SIZE)
+        packed = np.packbits(np.repeat(bits, asked // PAGE_SIZE), bitorder="little")
+        spread.view(np.uint8)[: packed.size] = packed
+        return spread
 
 
 class DmaLog:
@@ -89,6 +103,7 @@ class DmaLog:
                 self.stop()
                 text = f"{self._container}: {log.device.name}: logs pages of {used} bytes, which cannot be reported"
                 raise OSError(errno.EPROTO, text)
+            log.page_size = used
             granule = max(granule, used)
         self.granule = granule
 
@@ -118,7 +133,7 @@ class DmaLog:
                 f"size {window.length:#x} ({log.requests}_REPORT)"
             )
             try:
-                words = log.report(window.iova, window.length, PAGE_SIZE)
+                words = log.pages(window.iova, window.length)
             except OSError as error:
                 raise device_error(error, text) from error
             if not fits(words, pages):
@@ -136,7 +151,7 @@ class DmaLog:
         if not log.outlives_mapping:
             return None
         try:
-            return log.report(mapping.iova, mapping.size, PAGE_SIZE)
+            return log.pages(mapping.iova, mapping.size)
         except OSError as error:
             text = f"{self._container}: {log.device.name}: cannot get the DMA log after an unmap"
             raise device_error(error, text) from error
@@ -147,6 +162,7 @@ def _own_log(device: DmaDevice, traits: DeviceTraits) -> _DeviceLog:
         device,
         "DMA_LOGGING",
         traits.log_outlives_mapping,
+        traits.report_ranges,
         lambda ranges: device.logging_start(PAGE_SIZE, ranges),
         device.logging_stop,
         device.logging_report,
@@ -161,6 +177,7 @@ def _iommu_log(device: DmaDevice, _traits: DeviceTraits) -> _DeviceLog:
         device,
         "IOMMU_DIRTY",
         outlives_mapping=False,
+        any_page_size=True,
         start=lambda _ranges: device.iommu_dirty_start(PAGE_SIZE),
         stop=device.iommu_dirty_stop,
         report=device.iommu_dirty_report,

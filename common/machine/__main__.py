@@ -9,7 +9,8 @@ from pathlib import Path
 
 import structlog
 
-from common.machine.config import ConfigError, from_json
+from common.machine.config import from_json
+from common.machine.fields import ConfigError
 from common.machine.machine import Machine
 from common.machine.service import MachineService
 from common.trace import LOG_LEVEL

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common.machine.config import DeviceSpec
+from common.machine.device_config import DeviceSpec
 from common.vfio.migration import MigrationFlags
 
 __all__ = ["blockers"]

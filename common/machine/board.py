@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common.memory.layout import Layout
+from common.memory.layout import PAGE_SIZE, Layout
 
 __all__ = ["AREA_SIZE", "FIRST_AREA", "Bar", "Board", "image_start", "regions"]
 
@@ -37,20 +37,22 @@ class Board:
     """Addresses of all BARs, for routing accesses."""
 
     def __init__(self, layout: Layout, devices: Sequence[tuple[str, Mapping[int, int]]]) -> None:
-        """Place the BARs of `devices` (name, BAR index → size) in order, each aligned to its size."""
+        """Place the BARs of `devices` (name, BAR index → size) in order, each in a power of two of whole pages."""
         last = layout.segments[-1]
         low, high = BARS_32, max(BARS_64, last.gpa + last.size)
         self.bars: list[Bar] = []
         for name, sizes in devices:
             for index, size in sorted(sizes.items()):
-                aligned = -(-low // size) * size
-                if aligned + size <= BARS_32_END:
+                # A device of others may have a BAR of any size; what is mapped for peers is mapped in pages.
+                room = max(1 << (size - 1).bit_length(), PAGE_SIZE)
+                aligned = -(-low // room) * room
+                if aligned + room <= BARS_32_END:
                     self.bars.append(Bar(aligned, size, name, index))
-                    low = aligned + size
+                    low = aligned + room
                 else:
-                    high = -(-high // size) * size
+                    high = -(-high // room) * room
                     self.bars.append(Bar(high, size, name, index))
-                    high += size
+                    high += room
 
     def of_device(self, name: str) -> dict[int, Bar]:
         """Return a device's BARs by index."""

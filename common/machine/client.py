@@ -44,13 +44,17 @@ Words = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What a migration must know of a device. `migration_flags` is 0 for one that cannot migrate."""
+    """What a migration must know of a device. `migration_flags` is 0 for one that cannot migrate.
+
+    `notes`: what is not known of it, in sentences.
+    """
 
     name: str
     kind: str
     migration_flags: int
     state: str
     comparable_dump: bool
+    notes: Sequence[str] = ()
 
     @property
     def has_precopy(self) -> bool:

@@ -8,8 +8,6 @@ reference of the file for people. Knobs are resolved here, defaults included, so
 from __future__ import annotations
 
 import json
-import re
-import tomllib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from common.machine.board import image_start
+from common.machine.device_config import FOREIGN, DeviceSpec, describe_device, read_devices, take_knobs
 from common.machine.fields import (
     Check,
     ConfigError,
@@ -27,27 +26,16 @@ from common.machine.fields import (
     integer,
     name,
     number,
-    on_off,
     rate,
     size,
-    sizes,
     strings,
     text,
 )
-from common.machine.toml_lines import Path, key_lines, line_of
-from common.memory.layout import LOW_END, PAGE_SIZE
+from common.machine.toml_file import read_toml
+from common.machine.toml_lines import Path
+from common.memory.layout import LOW_END
 
-__all__ = [
-    "DEVICE_KINDS",
-    "ConfigError",
-    "DeviceSpec",
-    "MachineSpec",
-    "ProgramSpec",
-    "ViommuSpec",
-    "from_json",
-    "parse",
-    "to_json",
-]
+__all__ = ["MachineSpec", "ProgramSpec", "ViommuSpec", "from_json", "parse", "to_json"]
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -59,40 +47,6 @@ MAX_IMAGES = 1024
 MAX_JSON = 1 * MIB
 DEFAULT_REGION = 256 * MIB
 
-_FAULT = re.compile(
-    r"unlogged|fail_(load|logging_start|logging_report|precopy_info|data_size|read|write|reset)|fail:[A-Z0-9_]{1,32}",
-    re.ASCII,
-)
-
-# Knobs by kind and by program: how a value is checked, and its default (None: left out, the device or program decides).
-_COMMON_KNOBS: dict[str, tuple[Check, Any]] = {
-    # Sums of 1 (STOP_COPY), 2 (P2P) and 4 (PRE_COPY) that a device may have.
-    "migration_flags": (choice(0, 1, 3, 5, 7), None),
-    "load_delay_ms": (integer(0, 30_000), None),
-    "log_max_bits": (integer(12, 64), None),
-    "log_max_ranges": (integer(1, 65_536), None),
-    "log_page_sizes": (sizes(PAGE_SIZE, GIB, limit=16), None),
-    "faults": (strings(_FAULT, "a fault", 16), None),
-}
-_DEVICE_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
-    "nic": {
-        "rate": (rate(1, 100 * 10**9), 20_000_000),
-        "packet": (integer(64, 65_536), 1500),
-        **_COMMON_KNOBS,
-    },
-    "nvme": {
-        "blocks": (integer(1, 1 << 22), 1 << 18),
-        "latency_us": (integer(0, 10_000_000), 100),
-        **_COMMON_KNOBS,
-    },
-    "accelerator": {
-        # A PCI BAR shows this memory, and BARs are powers of two.
-        "memory": (size(64 << 10, 16 * GIB, power_of_two=True), 16 * MIB),
-        "churn": (rate(0, 10 * 10**9), 1_000_000),
-        **_COMMON_KNOBS,
-    },
-}
-DEVICE_KINDS = tuple(_DEVICE_KNOBS)
 _PROGRAM_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
     "idle": {},
     "writer": {
@@ -111,6 +65,7 @@ _PROGRAM_KNOBS: dict[str, dict[str, tuple[Check, Any]]] = {
         "remap": (integer(0, 1 << 32), None),  # the driver's own default
         "peer": (name, None),
         "reset_every": (integer(0, 1 << 32), None),  # only a nic's
+        "delay_s": (integer(1, 3600), None),  # only a sample's
     },
 }
 
@@ -122,23 +77,6 @@ class ViommuSpec:
     enabled: bool = True
     address_width: int = 48
     strategy: str = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceSpec:
-    """A device: `container` is its address space; `knobs` go to the device as they are (bytes, bytes per second).
-
-    `iommu_dirty_tracking` False: the dirty bits of the IOMMU in front of it are not used.
-    """
-
-    name: str
-    kind: str
-    container: str = "default"
-    migration: str = "auto"  # "auto", "on" or "off"
-    device_dirty_tracking: bool = True
-    iommu_dirty_tracking: bool = True
-    pre_copy_dirty_tracking: bool = True
-    knobs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,22 +105,7 @@ class MachineSpec:
 
 def parse(path: FilePath) -> MachineSpec:
     """Read a machine file; raise `ConfigError` that names file and line. Relative images are relative to the file."""
-    try:
-        source = path.read_bytes().decode()
-    except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    try:
-        document = tomllib.loads(source)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(_syntax_error(path, source, str(error))) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    try:
-        return _machine(document, path.absolute().parent)
-    except FieldError as error:
-        raise ConfigError(f"{path}:{line_of(key_lines(source), error.path)}: {error}") from error
+    return read_toml(path, lambda document: _machine(document, path.absolute().parent))
 
 
 def from_json(description: str | bytes) -> MachineSpec:
@@ -217,19 +140,7 @@ def to_json(spec: MachineSpec) -> str:
             "address_width": spec.viommu.address_width,
             "strategy": spec.viommu.strategy,
         },
-        "device": [
-            {
-                "name": device.name,
-                "kind": device.kind,
-                "container": device.container,
-                "migration": device.migration,
-                "device_dirty_tracking": "on" if device.device_dirty_tracking else "off",
-                "iommu_dirty_tracking": "on" if device.iommu_dirty_tracking else "off",
-                "pre_copy_dirty_tracking": "on" if device.pre_copy_dirty_tracking else "off",
-                **device.knobs,
-            }
-            for device in spec.devices
-        ],
+        "device": [describe_device(device) for device in spec.devices],
         "guest": [{"program": program.program, "name": program.name, **program.knobs} for program in spec.programs],
     }
     return json.dumps(document, sort_keys=True, separators=(",", ":"))
@@ -247,7 +158,7 @@ def _machine(document: Mapping[str, Any], base: FilePath | None) -> MachineSpec:
     zero_fraction = ram.take("zero_fraction", number(0, 0.95), 0.4)
     ram.finish()
     viommu = _viommu(top.table("viommu"))
-    devices = _devices(top.tables("device", MAX_ITEMS))
+    devices = read_devices(top.tables("device", MAX_ITEMS), base)
     guest = top.tables("guest", MAX_ITEMS)
     top.finish()
     programs = _programs(guest, devices, ram_size)
@@ -278,29 +189,6 @@ def _viommu(table: Table) -> ViommuSpec:
     return spec
 
 
-def _devices(tables: Sequence[Table]) -> tuple[DeviceSpec, ...]:
-    devices: list[DeviceSpec] = []
-    for table in tables:
-        kind = table.take("kind", choice(*_DEVICE_KNOBS))
-        default = f"{kind}{sum(device.kind == kind for device in devices)}"
-        device_name = table.take("name", name, default)
-        if any(device.name == device_name for device in devices):
-            raise FieldError((*table.path, "name"), f'two devices have the name "{device_name}"')
-        device = DeviceSpec(
-            device_name,
-            kind,
-            table.take("container", name, "default"),
-            table.take("migration", choice("auto", "on", "off"), "auto"),
-            table.take("device_dirty_tracking", on_off, default=True),
-            table.take("iommu_dirty_tracking", on_off, default=True),
-            table.take("pre_copy_dirty_tracking", on_off, default=True),
-            _knobs(table, _DEVICE_KNOBS[kind]),
-        )
-        table.finish(elsewhere={knob: other for other, knobs in _DEVICE_KNOBS.items() for knob in knobs})
-        devices.append(device)
-    return tuple(devices)
-
-
 def _programs(tables: Sequence[Table], devices: Sequence[DeviceSpec], ram_size: int) -> tuple[ProgramSpec, ...]:
     programs: list[ProgramSpec] = []
     driven: set[str] = set()
@@ -313,7 +201,7 @@ def _programs(tables: Sequence[Table], devices: Sequence[DeviceSpec], ram_size: 
         program_name = table.take("name", name, default)
         if any(other.name == program_name for other in programs):
             raise FieldError((*table.path, "name"), f'two guest programs have the name "{program_name}"')
-        knobs = _knobs(table, _PROGRAM_KNOBS[program])
+        knobs = take_knobs(table, _PROGRAM_KNOBS[program])
         table.finish(elsewhere={knob: other for other, known in _PROGRAM_KNOBS.items() for knob in known})
         if program == "writer":
             knobs.setdefault("region", min(DEFAULT_REGION, ram_size // 4 // RAM_STEP * RAM_STEP))
@@ -328,6 +216,11 @@ def _programs(tables: Sequence[Table], devices: Sequence[DeviceSpec], ram_size: 
             _check_driver(table, knobs, devices)
         elif program == "driver":
             _check_driver(table, knobs, devices)
+            if any(device.name == knobs["device"] and device.kind == FOREIGN for device in devices):
+                raise FieldError(
+                    (*table.path, "device"),
+                    f'there is no driver for "{knobs["device"]}", of whose kind nothing is known: give it a "kind"',
+                )
             if knobs["device"] in driven:
                 raise FieldError((*table.path, "device"), f'device "{knobs["device"]}" has a driver already')
             driven.add(knobs["device"])
@@ -347,24 +240,11 @@ def _check_driver(table: Table, knobs: Mapping[str, Any], devices: Sequence[Devi
         raise FieldError((*table.path, "peer"), "only a nic writes to a peer, and only an accelerator can be one")
 
 
-def _knobs(table: Table, known: Mapping[str, tuple[Check, Any]]) -> dict[str, Any]:
-    taken = {knob: table.take(knob, check, default) for knob, (check, default) in known.items()}
-    return {knob: value for knob, value in taken.items() if value is not None}
-
-
 def _uuid(value: object) -> str:
     try:
         return str(uuid.UUID(text(value)))
     except ValueError:
         raise ValueError(f'must be a UUID like "{uuid.UUID(int=0)}", not {json.dumps(value, default=str)}') from None
-
-
-def _syntax_error(path: FilePath, source: str, message: str) -> str:
-    found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
-    if found is None:
-        return f"{path}: {message}"
-    line = int(found[1]) if found[1] else max(source.rstrip().count("\n") + 1, 1)
-    return f"{path}:{line}: {message[: found.start()].lower()}"
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

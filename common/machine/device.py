@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 import xxhash
 
-from common.machine.config import DeviceSpec
+from common.machine import pci_config
+from common.machine.device_config import DeviceSpec
+from common.machine.device_process import StartedDevice
 from common.vfio.feature import Buffer, PrecopyInfo
 from common.vfio.migration import PRECOPY_STATES, SAVING_STATES, DeviceState, MigrationFlags
 from common.vfio_user.client import VfioUserClient
+from common.vfio_user.description import IrqInfo
 
-__all__ = ["AttachedDevice", "Digest", "Pending", "ResetFailedError", "ResetInsteadError", "Sizes", "start_device"]
+__all__ = ["AttachedDevice", "Digest", "Pending", "ResetFailedError", "ResetInsteadError", "Sizes"]
 
 _log = structlog.get_logger()
 
-# PCI configuration space, as far as a VMM must know it.
 CONFIG_REGION = 7
-COMMAND = 0x04
-COMMAND_MEMORY = 1 << 1
-COMMAND_BUS_MASTER = 1 << 2
-CAPABILITIES = 0x34
-CAPABILITY_MSIX = 0x11
-MSIX_ENABLE = 1 << 15
-BAR_REGISTERS = range(0x10, 0x28, 4)
-
-VFIO_PCI_MSIX_IRQ_INDEX = 2
+# Kinds of interrupts, best first (kernel: VFIO_PCI_*_IRQ_INDEX).
+VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX = 0, 1, 2
+INTERRUPTS = (VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX)
+VFIO_IRQ_INFO_AUTOMASKED = 1 << 2
+VFIO_IRQ_SET_DATA_NONE_ACTION_UNMASK = 0x11
 VFIO_IRQ_SET_DATA_EVENTFD_ACTION_TRIGGER = 0x24
 VFIO_REGION_INFO_FLAG_READ = 1
+MAX_VECTORS = 32  # that are given to the guest
 READ_SIZE = 1 << 20
-# A device that does not answer for so long has died; loading a state may take it half of that.
-REQUEST_SECONDS = 60.0
+_NOT_THERE = frozenset({errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What was signalled and not yet seen: MSI-X vectors by the guest, doorbells by the device."""
+    """What was signalled and not yet seen: interrupt vectors by the guest, doorbells by the device."""
 
     vectors: tuple[int, ...] = ()
     doorbells: tuple[int, ...] = ()
@@ -95,31 +89,72 @@ class AttachedDevice:
     sessions have numbers, and a read says which one it is of.
     """
 
-    def __init__(self, spec: DeviceSpec, client: VfioUserClient, process: subprocess.Popen[bytes] | None) -> None:
+    def __init__(self, spec: DeviceSpec, client: VfioUserClient, started: StartedDevice) -> None:
         self.spec = spec
         self.name = spec.name
         self.client = client
-        self.process = process
         self.on_state: Callable[[str, DeviceState], None] = lambda _name, _state: None
         self.failure: OSError | None = None
+        self._started = started
         self._state = DeviceState.RUNNING
         self._sessions = 0
         self._read_session = 0  # of the last read
         # Held by changes of state and by what must not fall into two sessions.
         self._lock = threading.Lock()
         self.bar_sizes = {region.index: region.size for region in client.regions if region.index < 6 and region.size}
-        vectors = next((irq.count for irq in client.irqs if irq.index == VFIO_PCI_MSIX_IRQ_INDEX), 0)
+        kinds = {irq.index: irq for irq in client.irqs if irq.count}
+        irq = next((kinds[index] for index in INTERRUPTS if index in kinds), IrqInfo(VFIO_PCI_INTX_IRQ_INDEX))
+        self._irq_index = irq.index
+        self.masks_itself = bool(irq.flags & VFIO_IRQ_INFO_AUTOMASKED)
+        vectors = min(irq.count, MAX_VECTORS)
         self.interrupts = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(vectors)]
-        self.doorbells = [area.fd for area in client.get_region_io_fds(0)] if 0 in self.bar_sizes else []
+        self.doorbells = self._find_doorbells() if 0 in self.bar_sizes else []
         if vectors:
-            client.set_irqs(
-                VFIO_PCI_MSIX_IRQ_INDEX, VFIO_IRQ_SET_DATA_EVENTFD_ACTION_TRIGGER, 0, vectors, fds=self.interrupts
-            )
+            client.set_irqs(irq.index, VFIO_IRQ_SET_DATA_EVENTFD_ACTION_TRIGGER, 0, vectors, fds=self.interrupts)
+
+    def _find_doorbells(self) -> list[int]:
+        try:
+            return [area.fd for area in self.client.get_region_io_fds(0)]
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return []
+            raise
 
     @property
     def migration_flags(self) -> MigrationFlags:
-        """What the device can do; no flag at all if it cannot migrate or was told not to."""
-        return MigrationFlags(0) if self.spec.migration == "off" else MigrationFlags(self.client.migration_flags)
+        """What a migration may use of what the device can do: nothing if it was told not to migrate.
+
+        A device that does not tell how much there is to read in PRE_COPY (no PRECOPY_INFO, as everybody's but ours) is
+        not taken there unless `pre_copy = "on"`: with some, what they give in STOP_COPY goes on where PRE_COPY ended,
+        with others it begins again, and nothing tells which. A device that never was in PRE_COPY gives all of it.
+        """
+        flags = MigrationFlags(0) if self.spec.migration == "off" else MigrationFlags(self.client.migration_flags)
+        tells = self.client.extension is not None and self.client.extension.precopy_info
+        use = tells if self.spec.pre_copy == "auto" else self.spec.pre_copy == "on"
+        return flags if use else flags & ~MigrationFlags.PRE_COPY
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not known of the device, and which rule is followed for that, in sentences."""
+        extension = self.client.extension
+        found = []
+        if self.client.migration_flags & MigrationFlags.PRE_COPY and not self.migration_flags & MigrationFlags.PRE_COPY:
+            found.append(
+                "PRE_COPY is not used: "
+                + (
+                    "the machine file says so"
+                    if self.spec.pre_copy == "off" or self.spec.migration == "off"
+                    else "it does not tell how much there is to read in it, so nobody can know whether STOP_COPY goes "
+                    'on after it or begins again; pre_copy = "on" if it goes on'
+                )
+            )
+        if self.migration_flags and not (extension is not None and extension.data_size):
+            found.append(
+                "how much state it has is not known before it is read: the expected downtime does not contain it"
+            )
+        if self.client.dma_logging and not (extension is not None and extension.report_ranges):
+            found.append("its log of DMA is asked mapping by mapping: it does not promise to answer other ranges")
+        return found
 
     @property
     def has_iommu_dirty(self) -> bool:
@@ -217,23 +252,23 @@ class AttachedDevice:
             return Sizes(self.session, precopy, length, failed)
 
     def guest_enable(self) -> None:
-        """Do what a guest does to use the device: memory decoding and bus mastering on, MSI-X on."""
-        self._write_config(COMMAND, (COMMAND_MEMORY | COMMAND_BUS_MASTER).to_bytes(2, "little"))
-        control = self._msix_control()
-        if control is not None:
-            value = int.from_bytes(self.client.region_read(CONFIG_REGION, control, 2), "little") | MSIX_ENABLE
-            self._write_config(control, value.to_bytes(2, "little"))
-
-    def _msix_control(self) -> int | None:
+        """Do what a guest does to use the device: its kind of interrupts on, memory decoding and bus mastering on."""
         config = self.config_space()
-        offset = config[CAPABILITIES] & 0xFC
-        for _ in range(48):  # as many capabilities as fit; a chain that loops ends here
-            if not offset:
-                return None
-            if config[offset] == CAPABILITY_MSIX:
-                return offset + 2
-            offset = config[offset + 1] & 0xFC
-        return None
+        for irq, number, enable in (
+            (VFIO_PCI_MSIX_IRQ_INDEX, pci_config.MSIX, pci_config.MSIX_ENABLE),
+            (VFIO_PCI_MSI_IRQ_INDEX, pci_config.MSI, pci_config.MSI_ENABLE),
+        ):
+            offset = pci_config.capability(config, number)
+            if irq == self._irq_index and offset is not None:
+                control = int.from_bytes(config[offset + 2 : offset + 4], "little") | enable
+                self._write_config(offset + 2, control.to_bytes(2, "little"))
+        command = pci_config.COMMAND_MEMORY | pci_config.COMMAND_BUS_MASTER
+        self._write_config(pci_config.COMMAND, command.to_bytes(2, "little"))
+
+    def unmask(self) -> None:
+        """Let a level-triggered interrupt come again that has masked itself when it came (kernel: automasked INTx)."""
+        if self.masks_itself:
+            self.client.set_irqs(self._irq_index, VFIO_IRQ_SET_DATA_NONE_ACTION_UNMASK, 0, 1)
 
     def config_space(self) -> bytes:
         """Read the whole PCI configuration space."""
@@ -241,13 +276,11 @@ class AttachedDevice:
         return bytes(self.client.region_read(CONFIG_REGION, 0, size))
 
     def restore_config(self, config: bytes) -> None:
-        """Write back what software may write: BARs, command register, MSI-X control (contract M7)."""
-        for register in BAR_REGISTERS:
-            self._write_config(register, config[register : register + 4])
-        self._write_config(COMMAND, config[COMMAND : COMMAND + 2])
-        control = self._msix_control()
-        if control is not None:
-            self._write_config(control, config[control : control + 2])
+        """Write back what a guest had written and what is not there yet (contract M7)."""
+        ours = self.config_space()
+        for offset, size in pci_config.guest_registers(config):
+            if config[offset : offset + size] != ours[offset : offset + size]:
+                self._write_config(offset, config[offset : offset + size])
 
     def _write_config(self, offset: int, data: bytes) -> None:
         self.client.region_write(CONFIG_REGION, offset, data)
@@ -268,7 +301,10 @@ class AttachedDevice:
         bars = tuple(
             self._hash_bar(region.index, region.size)
             for region in self.client.regions
-            if region.index < 6 and region.size and region.flags & VFIO_REGION_INFO_FLAG_READ
+            if region.index < 6
+            and region.size
+            and region.flags & VFIO_REGION_INFO_FLAG_READ
+            and (self.spec.compare_bars is None or region.index in self.spec.compare_bars)
         )
         extension = self.client.extension
         dump = self._hash_dump() if extension is not None and extension.comparable_dump else 0
@@ -289,13 +325,11 @@ class AttachedDevice:
         return state.intdigest()
 
     def close(self) -> None:
-        """Let go of the device; a device of ours ends with its connection."""
+        """Let go of the device, and end it if we have started it."""
         self.client.close()
-        for fd in (*self.interrupts, *self.doorbells):
+        for fd in {*self.interrupts, *self.doorbells}:
             os.close(fd)
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
+        self._started.close()
 
 
 def _drain(eventfds: Sequence[int]) -> tuple[int, ...]:
@@ -307,34 +341,3 @@ def _drain(eventfds: Sequence[int]) -> tuple[int, ...]:
             continue
         signalled.append(index)
     return tuple(signalled)
-
-
-def start_device(spec: DeviceSpec, directory: Path, *, trace: bool) -> tuple[Path, subprocess.Popen[bytes]]:
-    """Start the process of an emulated device; return the socket that it will listen on."""
-    knobs = {**spec.knobs, "trace": True} if trace else spec.knobs
-    path = directory / f"{spec.name}.sock"
-    with (directory / f"{spec.name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "common.devices", spec.kind),
-                *("--name", spec.name, "--socket", str(path), "--knobs", json.dumps(knobs)),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-    return path, process
-
-
-def connect_device(
-    spec: DeviceSpec, path: Path, process: subprocess.Popen[bytes], timeout: float = 20.0
-) -> AttachedDevice:
-    """Connect to a device that was started; raise OSError if it does not come up within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while not path.exists():
-        if process.poll() is not None:
-            raise OSError(f"{spec.name}: its process has ended with exit code {process.returncode}")
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{spec.name}: has not come up in {timeout:.0f} s")
-        time.sleep(0.002)
-    return AttachedDevice(spec, VfioUserClient.connect(path, name=spec.name, timeout=REQUEST_SECONDS), process)

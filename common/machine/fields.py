@@ -20,6 +20,7 @@ __all__ = [
     "boolean",
     "choice",
     "integer",
+    "integers",
     "name",
     "number",
     "on_off",
@@ -158,6 +159,24 @@ def integer(low: int, high: int) -> Check:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(f"must be a whole number from {low} to {high}, not {_quoted(value)}")
         return value
+
+    return check
+
+
+def integers(low: int, high: int, *, limit: int) -> Check:
+    """Make a check for an array of at most `limit` different integers from `low` to `high`; the value is a tuple."""
+    element = integer(low, high)
+
+    def check(value: object) -> tuple[int, ...]:
+        if not isinstance(value, list) or len(value) > limit:
+            raise ValueError(f"must be an array of at most {limit} whole numbers, not {_quoted(value)}")
+        try:
+            found = tuple(element(entry) for entry in value)
+        except ValueError as error:
+            raise ValueError(f"has an element that {error}") from error
+        if len(set(found)) < len(found):
+            raise ValueError(f"has a number twice: {_quoted(value)}")
+        return found
 
     return check
 

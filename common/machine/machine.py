@@ -24,17 +24,11 @@ from common.iommu.ranges import Strategy
 from common.iommu.tracking import DeviceTraits
 from common.iommu.turn import Turn
 from common.iommu.viommu import Viommu
+from common.machine import device_process
 from common.machine.blockers import blockers
 from common.machine.board import AREA_SIZE, FIRST_AREA, Board, image_start, regions
 from common.machine.config import MachineSpec
-from common.machine.device import (
-    AttachedDevice,
-    Pending,
-    ResetFailedError,
-    ResetInsteadError,
-    connect_device,
-    start_device,
-)
+from common.machine.device import AttachedDevice, Pending, ResetFailedError, ResetInsteadError
 from common.machine.state_changes import StateChanges
 from common.machine.traps import traps
 from common.machine.vcpus import Vcpus
@@ -68,7 +62,7 @@ class Machine:
         self.pending: dict[str, Pending] = {}
         self._closing = False
         self.ram = GuestRam.create(spec.ram_size)
-        started = [(device, *start_device(device, directory, trace=spec.trace)) for device in spec.devices]
+        started = [device_process.start(device, directory, trace=spec.trace) for device in spec.devices]
         self.vcpus = Vcpus(self.ram, directory, traps(self))
         if not incoming and spec.images:
             start_page = self.ram.layout.offset_of(image_start(len(spec.programs)), PAGE_SIZE) // PAGE_SIZE
@@ -80,7 +74,11 @@ class Machine:
                 seed=uuid.UUID(spec.uuid).int & 0xFFFF_FFFF,
             )
         with ThreadPoolExecutor(max(len(started), 1)) as pool:
-            self.devices = {device.name: device for device in pool.map(lambda args: connect_device(*args), started)}
+            clients = list(pool.map(device_process.connect, started))
+        self.devices = {
+            device.name: AttachedDevice(device, client, process)
+            for device, client, process in zip(spec.devices, clients, started, strict=True)
+        }
         self.board = Board(self.ram.layout, [(device.name, device.bar_sizes) for device in self.devices.values()])
         self.state_changes = StateChanges()
         for device in self.devices.values():
@@ -91,9 +89,12 @@ class Machine:
         }
         self._boot(fresh=not incoming)
         self._watch("vCPUs", self.vcpus.process)
+        for its in started:
+            if its.process is not None:
+                self._watch(its.name, its.process)
         for device in self.devices.values():
-            if device.process is not None:
-                self._watch(device.name, device.process)
+            if device.spec.attachment is not None:
+                self._watch_connection(device)
 
     def _container(self, name: str) -> Container:
         members = [device for device in self.devices.values() if device.spec.container == name]
@@ -164,7 +165,8 @@ class Machine:
                 for segment in self.ram.layout.segments:
                     container.map(segment.gpa, segment.size, segment.gpa)
                 for bar in self.board.bars:
-                    container.map(bar.gpa, bar.size, bar.gpa)
+                    if bar.size % PAGE_SIZE == 0:
+                        container.map(bar.gpa, bar.size, bar.gpa)
 
     def _watch(self, name: str, process: subprocess.Popen[bytes]) -> None:
         def wait() -> None:
@@ -173,6 +175,17 @@ class Machine:
                 self.fail(f"the process of {name} has ended with exit code {code}")
 
         threading.Thread(target=wait, name=f"watch {name}", daemon=True).start()
+
+    def _watch_connection(self, device: AttachedDevice) -> None:
+        """Notice when somebody else's device goes, whose process may live on."""
+
+        def gone() -> None:
+            if not self._closing:
+                self.fail(f"{device.name} has closed its connection")
+
+        device.client.on_close = gone
+        if device.client.closed.is_set():
+            gone()
 
     def fail(self, cause: str) -> None:
         """Mark the machine failed: it stands still, can be looked at, and is never started again."""
@@ -343,6 +356,7 @@ class Machine:
                     "migration": [flag.name for flag in device.migration_flags],
                     "dma_logging": device.client.dma_logging,
                     "container": device.spec.container,
+                    "notes": device.notes,
                 }
                 for device in self.devices.values()
             ],

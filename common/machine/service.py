@@ -204,6 +204,7 @@ class _Connection:
                     "migration_flags": int(device.migration_flags),
                     "state": device.state.name,
                     "comparable_dump": device.client.extension is not None and device.client.extension.comparable_dump,
+                    "notes": device.notes,
                 }
                 for device in self._machine.devices.values()
             ]

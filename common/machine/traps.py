@@ -42,6 +42,13 @@ def traps(machine: Machine) -> dict[str, Handler]:
         bar, offset, size = bar_of(request)
         return Message(payload=machine.devices[bar.device].client.region_read(bar.index, offset, size))
 
+    def mmio_block_write(request: Message) -> None:
+        data = memoryview(request.payload)
+        bar = machine.board.find(int(request["gpa"]), len(data))
+        if bar is None or not 0 < len(data) <= MAX_BLOCK:
+            raise OSError(errno.EFAULT, f"no BAR at guest physical address {request['gpa']:#x} + {len(data):#x}")
+        machine.devices[bar.device].client.region_write(bar.index, int(request["gpa"]) - bar.gpa, data)
+
     def iommu_map(request: Message) -> None:
         hooks.reach("machine.map")
         machine.containers[request["container"]].map(
@@ -59,11 +66,24 @@ def traps(machine: Machine) -> dict[str, Handler]:
     def irq_enable(request: Message) -> None:
         machine.devices[request["device"]].guest_enable()
 
+    def irq_unmask(request: Message) -> None:
+        machine.devices[request["device"]].unmask()
+
     def device_reset(request: Message) -> None:
         hooks.reach("machine.device_reset")
         machine.reset_device(request["device"])
 
-    handlers = (mmio_read, mmio_write, mmio_block_read, iommu_map, iommu_unmap, irq_enable, device_reset)
+    handlers = (
+        mmio_read,
+        mmio_write,
+        mmio_block_read,
+        mmio_block_write,
+        iommu_map,
+        iommu_unmap,
+        irq_enable,
+        irq_unmask,
+        device_reset,
+    )
     return {handler.__name__: _refusing(handler) for handler in handlers}
 
 

@@ -1,7 +1,7 @@
 """What the two sides of a connection tell each other in VERSION, and our extension of it.
 
-The extension is one more capability, `switchover`. A server offers it; nobody ever requires it, and a client that does
-not know it takes no notice.
+The extension is one more capability, `switchover`. A client says that it knows it, a server then what it has of it;
+nobody ever requires it, and who does not know it takes no notice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-__all__ = ["EXTENSION_VERSION", "MAX_TRANSFER", "PAGE_SIZE", "Capabilities", "Extension"]
+__all__ = ["EXTENSION_VERSION", "MAX_TRANSFER", "PAGE_SIZE", "Capabilities", "Extension", "TwinSocket"]
 
 MAX_TRANSFER: Final = 1 << 20
 """Bytes of data in one message that we accept and announce; also what holds for a side that announces nothing."""
@@ -23,7 +23,7 @@ EXTENSION_VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """What a server of ours can do beyond the protocol.
+    """What a server of ours can do beyond the protocol; of a client's, only that it is there counts.
 
     `precopy_info` and `data_size`: it says how much there is to read in PRE_COPY and STOP_COPY. `p2p`: it has the P2P
     states. `report_ranges`: it logs the ranges of START only, and REPORT takes any part of them, at any page size.
@@ -53,6 +53,27 @@ class Extension:
 
 
 @dataclass(frozen=True, slots=True)
+class TwinSocket:
+    """The capability `twin_socket` of libvfio-user: a socket of their own for the server's commands.
+
+    A client offers it; a server that takes it says which of the reply's descriptors is the socket: `fd_index`.
+    """
+
+    fd_index: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the value of the capability."""
+        return {"supported": True} | ({} if self.fd_index is None else {"fd_index": self.fd_index})
+
+    @classmethod
+    def from_json(cls, members: Mapping[str, Any]) -> TwinSocket | None:
+        """Read the capability: None if it is not supported."""
+        if members.get("supported") is not True:
+            return None
+        return cls(_number(members, "fd_index", 0, low=0) if "fd_index" in members else None)
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """The capabilities of one side, those that matter here (vfio-user: "capabilities" in VERSION).
 
@@ -64,12 +85,15 @@ class Capabilities:
     max_data_xfer_size: int = MAX_TRANSFER
     migration_page_size: int | None = None
     extension: Extension | None = None
+    twin_socket: TwinSocket | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the whole document."""
         members: dict[str, Any] = {"max_msg_fds": self.max_msg_fds, "max_data_xfer_size": self.max_data_xfer_size}
         if self.migration_page_size is not None:
             members["migration"] = {"pgsize": self.migration_page_size}
+        if self.twin_socket is not None:
+            members["twin_socket"] = self.twin_socket.to_json()
         if self.extension is not None:
             members["switchover"] = self.extension.to_json()
         return {"capabilities": members}
@@ -83,6 +107,7 @@ class Capabilities:
             max_msg_fds=_number(members, "max_msg_fds", 1, low=0),
             max_data_xfer_size=_number(members, "max_data_xfer_size", MAX_TRANSFER, low=1),
             migration_page_size=None if migration is None else _number(migration, "pgsize", PAGE_SIZE, low=1),
+            twin_socket=TwinSocket.from_json(_object(members, "twin_socket")),
             extension=Extension.from_json(members.get("switchover")),
         )
 

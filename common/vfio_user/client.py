@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -24,8 +25,8 @@ from common.vfio import feature as vfio
 from common.vfio.feature import Buffer, DeviceFeature, LoggingReport, LoggingStart, PrecopyInfo, Range
 from common.vfio.migration import PRECOPY_STATES, DeviceState, MigrationFlags
 from common.vfio_user import codec
-from common.vfio_user.capabilities import MAX_TRANSFER, PAGE_SIZE, Capabilities, Extension
-from common.vfio_user.codec import Command, DmaAccess, DmaMap, DmaUnmap, Feature, MigData, RegionAccess, Version
+from common.vfio_user.capabilities import MAX_TRANSFER, PAGE_SIZE, Capabilities, Extension, TwinSocket
+from common.vfio_user.codec import Command, DmaMap, DmaUnmap, Feature, MigData, RegionAccess, Version
 from common.vfio_user.description import (
     DeviceInfo,
     IoEventFd,
@@ -36,6 +37,7 @@ from common.vfio_user.description import (
     RegionQuery,
     unpack_io_fds,
 )
+from common.vfio_user.message_dma import serve_dma
 from common.vfio_user.transport import Connection, ConnectionLostError, Message
 
 __all__ = ["DeviceError", "VfioUserClient"]
@@ -69,7 +71,7 @@ class VfioUserClient:
 
     Connecting brings a device that some earlier client has left stopped back to RUNNING. `on_dma_read` and
     `on_dma_write` carry out the device's DMA by message, in a thread of the client; an OSError of theirs is the answer
-    that the device gets. `on_close` is called once, in that thread, when the other side goes. `timeout` is for each
+    that the device gets. `on_close` is called once, in such a thread, when the other side goes. `timeout` is for each
     request, in seconds.
 
     Everything raises `DeviceError`; requests that are answered but refused leave the connection as it was.
@@ -88,14 +90,15 @@ class VfioUserClient:
         self.name = name
         self.on_dma_read = on_dma_read
         self.on_dma_write = on_dma_write
-        self._on_close = on_close
-        self._closing = False
+        self.on_close = on_close
+        self._closing = threading.Lock()  # taken by whoever ends it first, the other side or we
+        self._timeout = timeout
         self._connection = Connection(sock, limit=codec.MAX_REPLY_SIZE, timeout=timeout)
+        self._connections = [self._connection]
         self.closed = self._connection.closed
         self.regions: list[RegionInfo] = []
         self.irqs: list[IrqInfo] = []
-        self._thread = threading.Thread(target=self._answer_commands, name=f"vfio-user {name}", daemon=True)
-        self._thread.start()
+        self._threads = [serve_dma(self._connection, self, self._lost)]
         try:
             self._capabilities = self._negotiate()
             self.extension: Extension | None = self._capabilities.extension
@@ -128,15 +131,25 @@ class VfioUserClient:
 
     def close(self) -> None:
         """Close the connection; whoever waits for the device gets a `DeviceError`."""
-        self._closing = True
-        self._connection.shutdown()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-            self._connection.close()
+        self._closing.acquire(blocking=False)
+        for connection in self._connections:
+            connection.shutdown()
+        if threading.current_thread() not in self._threads:
+            for thread in self._threads:
+                thread.join()
+            for connection in self._connections:
+                connection.close()
         for region in self.regions:
             if region.fd is not None:
                 os.close(region.fd)
         self.regions = []
+
+    def _lost(self) -> None:
+        if self._closing.acquire(blocking=False):
+            for connection in self._connections:
+                connection.shutdown()
+            if self.on_close is not None:
+                self.on_close()
 
     # Access
 
@@ -345,12 +358,27 @@ class VfioUserClient:
     # Connecting
 
     def _negotiate(self) -> Capabilities:
-        ours = Capabilities(_MAX_MSG_FDS, MAX_TRANSFER, PAGE_SIZE)
-        reply = self._request(Command.VERSION, "VERSION", Version(0, _MINOR, ours).pack())
-        version = self._checked("VERSION", Version.unpack, reply.body)
-        if version.major != 0:
-            raise self._nonsense("VERSION", f"major version {version.major}")
+        ours = Capabilities(_MAX_MSG_FDS, MAX_TRANSFER, PAGE_SIZE, Extension(), TwinSocket())
+        reply = self._request(Command.VERSION, "VERSION", Version(0, _MINOR, ours).pack(), keep_fds=True)
+        try:
+            version = self._checked("VERSION", Version.unpack, reply.body)
+            if version.major != 0:
+                raise self._nonsense("VERSION", f"major version {version.major}")
+            self._take_twin(version.capabilities.twin_socket, reply.fds)
+        finally:
+            reply.close_fds()
         return version.capabilities
+
+    def _take_twin(self, twin: TwinSocket | None, fds: list[int]) -> None:
+        """Begin to answer the device's commands on the socket that it sent for them, if it has sent one."""
+        if twin is None or twin.fd_index is None:
+            return
+        if twin.fd_index >= len(fds) or not stat.S_ISSOCK(os.fstat(fds[twin.fd_index]).st_mode):
+            raise self._nonsense("VERSION", "the twin socket is not among the descriptors")
+        sock = socket.socket(fileno=fds.pop(twin.fd_index))
+        connection = Connection(sock, limit=codec.MAX_REPLY_SIZE, timeout=self._timeout)
+        self._connections.append(connection)
+        self._threads.append(serve_dma(connection, self, self._lost))
 
     def _get_migration_flags(self) -> MigrationFlags:
         try:
@@ -457,45 +485,6 @@ class VfioUserClient:
 
     def _nonsense(self, what: str, text: str) -> DeviceError:
         return DeviceError(errno.EPROTO, f"{self.name}: {what}: {text}")
-
-    # DMA by message
-
-    def _answer_commands(self) -> None:
-        try:
-            while (command := self._connection.next_command()) is not None:
-                self._answer(command)
-        except ConnectionLostError:
-            pass
-        finally:
-            self._connection.shutdown()
-            if self._on_close is not None and not self._closing:
-                self._on_close()
-
-    def _answer(self, command: Message) -> None:
-        command.close_fds()
-        try:
-            parts = self._carry_out(command)
-        except OSError as error:
-            self._connection.reply(command, error=error.errno or errno.EIO)
-        except ValueError:
-            self._connection.reply(command, error=errno.EINVAL)
-        except BaseException:
-            self._connection.reply(command, error=errno.EIO)
-            raise
-        else:
-            self._connection.reply(command, parts)
-
-    def _carry_out(self, command: Message) -> Sequence[Buffer]:
-        access = DmaAccess.unpack(command.body)
-        data = memoryview(command.body)[codec.DMA_ACCESS_SIZE :]
-        if not 0 < access.size <= MAX_TRANSFER or access.iova + access.size > 1 << 64:
-            raise ValueError(f"DMA of 0x{access.size:x} bytes at 0x{access.iova:x}")
-        if command.header.command == Command.DMA_READ and self.on_dma_read is not None:
-            return [access.pack(), self.on_dma_read(access.iova, access.size)]
-        if command.header.command == Command.DMA_WRITE and self.on_dma_write is not None and len(data) == access.size:
-            self.on_dma_write(access.iova, data)
-            return [access.pack()]
-        raise ValueError(f"command {command.header.command} is not possible")
 
 
 def _bits(data: memoryview, length: int, page_size: int) -> npt.NDArray[np.uint64]:

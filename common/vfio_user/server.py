@@ -169,7 +169,8 @@ class VfioUserServer:
             max_msg_fds=_MAX_MSG_FDS,
             max_data_xfer_size=MAX_TRANSFER,
             migration_page_size=PAGE_SIZE if self._device.migration_flags else None,
-            extension=self._device.extension,
+            # Only to who has said that he knows it: QEMU has room for a reply as long as its own message, no more.
+            extension=None if self._client.extension is None else self._device.extension,
         )
         return [Version(0, min(version.minor, _MINOR), capabilities).pack()], ()
 

@@ -77,6 +77,7 @@ class Daemon:
         line = process.stdout.readline()
         if ": listening on " not in line:
             process.wait()
+            process.stdout.close()
             raise AssertionError(f"the daemon did not start: {line}{log.read_text()}")
         self.address = line.strip().rpartition(" ")[2]
         self.said = process.stdout.readline().strip()
@@ -169,6 +170,7 @@ class Rig:
         state: str | None = None,
         listen: str = "127.0.0.1:0",
         command: tuple[str, ...] = (),
+        options: tuple[str, ...] = (),
         prefix: tuple[str, ...] = (),
         reach: str | None = None,
     ) -> Daemon:
@@ -177,7 +179,7 @@ class Rig:
         `reach` is the host by which the test reaches it, if that is not where it listens.
         """
         name = state or f"{role}{len(self._daemons)}"
-        arguments = [*prefix, *(command or (sys.executable, "-m", "console", role)), "--listen", listen]
+        arguments = [*prefix, *(command or (sys.executable, "-m", "console", role)), "--listen", listen, *options]
         if machine is not None:
             path = self.directory / f"{name}.toml"
             path.write_text(machine)
@@ -196,6 +198,11 @@ class Rig:
         daemon = Daemon(process, state_dir, log, reach)
         self._daemons.append(daemon)
         return daemon
+
+    def run(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """Run a program of somebody else's, which may use what is ours; it must have ended when the rig is closed."""
+        environment = {**os.environ, "SWITCHOVER_HOOKS": str(self.hooks)}
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
 
     def held(self, point: str) -> Hold:
         """Hold whoever comes to a point from now on."""

@@ -3,8 +3,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import xxhash
@@ -12,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.machine import device as device_module
-from common.machine.config import DeviceSpec
 from common.machine.device import AttachedDevice, Pending
+from common.machine.device_config import DeviceSpec
+from common.machine.device_process import StartedDevice
 from common.vfio.migration import DeviceState, MigrationFlags
+from common.vfio_user.capabilities import Extension
 from common.vfio_user.client import VfioUserClient
+from common.vfio_user.description import IrqInfo
 
 CONFIG = device_module.CONFIG_REGION
 ALL = int(MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY)
@@ -26,6 +30,7 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.migration_flags = ALL
+        self.dma_logging = True
         self.regions = [
             SimpleNamespace(index=0, size=4096, flags=1),
             SimpleNamespace(index=1, size=0, flags=1),
@@ -33,22 +38,23 @@ class FakeClient:
             SimpleNamespace(index=4, size=64, flags=2),
             SimpleNamespace(index=CONFIG, size=256, flags=3),
         ]
-        self.irqs = [SimpleNamespace(index=0, count=1), SimpleNamespace(index=2, count=3)]
+        self.irqs = [IrqInfo(0, 1, 1), IrqInfo(2, 1, 3)]
         self.contents = {0: bytearray(b"z" * 4096), 2: bytearray(os.urandom((1 << 20) + 8)), CONFIG: bytearray(256)}
         self.doorbells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
-        self.extension: SimpleNamespace | None = None
+        self.extension: Extension | None = Extension(comparable_dump=False)
         self.dump = [b"abc", b"de"]
         self.refused: set[DeviceState] = set()
         self.states: list[DeviceState] = []
         self.resets = 0
         self.irq_fds: Sequence[int] = ()
+        self.irq_calls: list[tuple[int, int, int, int]] = []
         self.closed = False
 
     def get_region_io_fds(self, _: int) -> list[SimpleNamespace]:
         return [SimpleNamespace(fd=fd) for fd in self.doorbells]
 
-    def set_irqs(self, index: int, flags: int, start: int, count: int, *, fds: Sequence[int]) -> None:
-        assert (index, flags, start, count) == (2, 0x24, 0, 3)  # MSI-X, eventfds, trigger
+    def set_irqs(self, index: int, flags: int, start: int, count: int, *, fds: Sequence[int] = ()) -> None:
+        self.irq_calls.append((index, flags, start, count))
         self.irq_fds = fds
 
     def set_state(self, state: DeviceState) -> None:
@@ -78,8 +84,9 @@ def client() -> FakeClient:
     return FakeClient()
 
 
-def attach(client: FakeClient, migration: str = "auto") -> AttachedDevice:
-    return AttachedDevice(DeviceSpec("nic0", "nic", migration=migration), cast("VfioUserClient", client), None)
+def attach(client: FakeClient, **told: Any) -> AttachedDevice:
+    started = StartedDevice("nic0", Path("nic0.sock"), None, Path("nic0.log"))
+    return AttachedDevice(DeviceSpec("nic0", "nic", **told), cast("VfioUserClient", client), started)
 
 
 @pytest.fixture
@@ -92,6 +99,7 @@ def device(client: FakeClient) -> Iterator[AttachedDevice]:
 
 def test_what_is_there(device: AttachedDevice, client: FakeClient) -> None:
     assert device.bar_sizes == {0: 4096, 2: (1 << 20) + 8, 4: 64}
+    assert client.irq_calls == [(2, 0x24, 0, 3)]  # MSI-X, eventfds, trigger
     assert list(client.irq_fds) == device.interrupts and len(device.interrupts) == 3
     assert device.migration_flags == MigrationFlags(ALL)
 
@@ -129,6 +137,7 @@ def test_what_cannot_recover_is_reset(device: AttachedDevice, client: FakeClient
 
 def chain(client: FakeClient, *capabilities: tuple[int, int, int]) -> None:
     """Lay out (offset, id, next) capabilities."""
+    client.contents[CONFIG][0x06] |= 1 << 4
     client.contents[CONFIG][0x34] = capabilities[0][0]
     for offset, identity, following in capabilities:
         client.contents[CONFIG][offset : offset + 2] = bytes([identity, following])
@@ -149,13 +158,69 @@ def test_a_chain_of_capabilities_that_loops_has_an_end(device: AttachedDevice, c
 
 
 def test_restores_what_software_may_write_and_nothing_else(device: AttachedDevice, client: FakeClient) -> None:
-    chain(client, (0x50, 0x11, 0))
-    saved = bytearray(range(256))
-    device.restore_config(bytes(saved))
-    config = client.contents[CONFIG]
-    changed = {offset for offset in range(256) if config[offset] == saved[offset] and offset}
-    assert changed == {4, 5, *range(0x10, 0x28), 0x52, 0x53}
-    assert device.config_space() == bytes(config)
+    chain(client, (0x40, 0x05, 0x50), (0x50, 0x11, 0))
+    client.contents[CONFIG][0x42] = 0x80  # MSI with 64 bits of address
+    saved = bytes(
+        number % 255 + 1 if number not in (0x06, 0x34, *range(0x40, 0x44), 0x50, 0x51) else value
+        for number, value in enumerate(client.contents[CONFIG])
+    )
+    device.restore_config(saved)
+    config = device.config_space()
+    restored = {offset for offset in range(256) if config[offset] == saved[offset]}
+    written = {4, 5, 0x0C, 0x0D, *range(0x10, 0x28), *range(0x30, 0x34), 0x3C, *range(0x44, 0x4E), 0x52, 0x53}
+    assert restored == written | {0x06, 0x34, *range(0x40, 0x44), 0x50, 0x51}
+
+
+def test_what_is_there_already_is_not_written(device: AttachedDevice, client: FakeClient) -> None:
+    saved = device.config_space()
+    client.region_write = None  # type: ignore[assignment,method-assign]  # a call would fail
+    device.restore_config(saved)
+
+
+# A device that somebody else serves
+
+
+def test_a_device_of_others_is_not_taken_to_precopy_unless_told(client: FakeClient) -> None:
+    client.extension = None
+    device = attach(client)
+    assert device.migration_flags == MigrationFlags.STOP_COPY | MigrationFlags.P2P
+    assert any("PRE_COPY is not used" in note for note in device.notes)
+    assert any("how much state it has is not known" in note for note in device.notes)
+    device.close()
+    told = attach(client, pre_copy="on")
+    assert told.migration_flags == MigrationFlags(ALL)
+    told.close()
+
+
+def test_interrupts_are_the_best_that_there_are(client: FakeClient) -> None:
+    client.irqs = [IrqInfo(0, 1 | 1 << 2, 1), IrqInfo(1, 1, 2)]
+    device = attach(client)
+    assert client.irq_calls == [(1, 0x24, 0, 2)] and not device.masks_itself
+    device.close()
+
+
+def test_an_interrupt_that_masks_itself_is_unmasked(client: FakeClient) -> None:
+    client.irqs = [IrqInfo(0, 1 | 1 << 2, 1)]
+    device = attach(client)
+    device.unmask()
+    assert client.irq_calls == [(0, 0x24, 0, 1), (0, 0x11, 0, 1)]
+    device.close()
+
+
+def test_a_device_without_ioeventfds(client: FakeClient) -> None:
+    def refuse(_: int) -> list[SimpleNamespace]:
+        raise OSError(errno.EINVAL, "bad region")
+
+    client.get_region_io_fds = refuse  # type: ignore[method-assign]
+    device = attach(client)
+    assert device.doorbells == []
+    device.close()
+
+
+def test_only_the_bars_that_were_named_are_compared(client: FakeClient) -> None:
+    device = attach(client, compare_bars=(2,))
+    assert device.digest().bars == (xxhash.xxh3_64_intdigest(bytes(client.contents[2])),)
+    device.close()
 
 
 def test_what_is_pending_twice_is_signalled_once() -> None:
@@ -190,7 +255,7 @@ def test_a_digest_reads_all_that_can_be_read(device: AttachedDevice, client: Fak
 
 
 def test_a_digest_of_a_dump_leaves_the_device_in_stop(device: AttachedDevice, client: FakeClient) -> None:
-    client.extension = SimpleNamespace(comparable_dump=True)
+    client.extension = Extension()
     device.enter(DeviceState.STOP)
     assert device.digest().dump == xxhash.xxh3_64_intdigest(b"abcde")
     assert client.states == [DeviceState.STOP, DeviceState.STOP_COPY, DeviceState.STOP]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from common.machine.blockers import blockers
-from common.machine.config import DeviceSpec
+from common.machine.device_config import DeviceSpec
 from common.vfio.migration import MigrationFlags
 
 NONE = MigrationFlags(0)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.machine.config import ConfigError, MachineSpec, from_json, parse, to_json
+from common.machine.config import MachineSpec, from_json, parse, to_json
+from common.machine.fields import ConfigError
 
 GOOD = """\
 name = "shop"

@@ -477,13 +477,14 @@ def test_a_device_that_goes() -> None:
     server = VfioUserServer(FakeDevice(), theirs)
     thread = threading.Thread(target=server.serve)
     thread.start()
-    closed: list[bool] = []
-    with VfioUserClient(ours, "fake0", on_close=lambda: closed.append(True)) as client:
+    told = threading.Semaphore(0)
+    with VfioUserClient(ours, "fake0", on_close=told.release) as client:
         server.shutdown()
         thread.join(10)
         assert client.closed.wait(10)
         assert refused(lambda: client.region_read(0, 0, 4)) == errno.ENOTCONN
-    assert closed == [True]
+        assert told.acquire(timeout=10)
+    assert not told.acquire(blocking=False)  # once
 
 
 def test_a_client_that_goes() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.vfio import feature as vfio
 from common.vfio_user import codec
-from common.vfio_user.capabilities import Capabilities, Extension
+from common.vfio_user.capabilities import Capabilities, Extension, TwinSocket
 from common.vfio_user.codec import Command, DmaAccess, DmaMap, DmaUnmap, Feature, Header, MigData, RegionAccess, Version
 from common.vfio_user.description import (
     Area,
@@ -196,7 +196,12 @@ def test_io_fds_that_did_not_come(fds: list[int]) -> None:
 
 extensions = st.builds(Extension, *([st.booleans()] * 6))
 capabilities = st.builds(
-    Capabilities, st.integers(0, 1000), st.integers(1, 2**32), st.none() | st.just(4096), st.none() | extensions
+    Capabilities,
+    st.integers(0, 1000),
+    st.integers(1, 2**32),
+    st.none() | st.just(4096),
+    st.none() | extensions,
+    st.none() | st.builds(TwinSocket, st.none() | st.integers(0, 1000)),
 )
 
 

@@ -12,6 +12,7 @@ from common.guest.programs.clock import Clock, ClockKnobs
 from common.guest.programs.driver_accelerator import AcceleratorDriver, AcceleratorKnobs
 from common.guest.programs.driver_nic import NicDriver, NicKnobs
 from common.guest.programs.driver_nvme import NvmeDriver, NvmeKnobs
+from common.guest.programs.driver_sample import SampleDriver, SampleKnobs
 from common.guest.programs.idle import Idle
 from common.guest.programs.iova import TOP, WINDOW
 from common.guest.programs.mapper import Mapper, MapperKnobs
@@ -72,6 +73,8 @@ def _create_driver(
             return NicDriver(info.name, area, read_knobs(NicKnobs, info.knobs), device, peer, iova_top)
         case "nvme":
             return NvmeDriver(info.name, area, read_knobs(NvmeKnobs, info.knobs), device, iova_top)
+        case "sample":
+            return SampleDriver(info.name, area, read_knobs(SampleKnobs, info.knobs), device, iova_top)
         case "accelerator":
             writer = next((other for other in boot.programs if other.knobs.get("peer") == device.name), None)
             nic = None if writer is None else _device(devices, writer, "device")

@@ -191,6 +191,7 @@ class Device(_message.Message):
     MIGRATION_FIELD_NUMBER: _builtins.int
     DMA_LOGGING_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name in the machine file."""
     kind: _builtins.str
@@ -205,6 +206,10 @@ class Device(_message.Message):
     def migration(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """VFIO_MIGRATION_* names, for example "STOP_COPY"."""
 
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is not known of it, and which rule is followed for that, in sentences."""
+
     def __init__(
         self,
         *,
@@ -214,10 +219,11 @@ class Device(_message.Message):
         migration: _abc.Iterable[_builtins.str] | None = ...,
         dma_logging: _builtins.bool = ...,
         container: _builtins.str = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "dma_logging", b"dma_logging", "kind", b"kind", "migration", b"migration", "name", b"name", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "dma_logging", b"dma_logging", "kind", b"kind", "migration", b"migration", "name", b"name", "notes", b"notes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1021,6 +1027,7 @@ class DeviceResult(_message.Message):
     VERIFIED_FIELD_NUMBER: _builtins.int
     PENDING_INTERRUPTS_FIELD_NUMBER: _builtins.int
     PENDING_DOORBELLS_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The device's name."""
     kind: _builtins.str
@@ -1035,6 +1042,10 @@ class DeviceResult(_message.Message):
     """Interrupts that were signalled and not yet seen by the guest when the machine stopped; signalled again there."""
     pending_doorbells: _builtins.int
     """Doorbells that were rung and not yet seen by the device when the machine stopped; rung again there."""
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was not known of it, and which rule was followed for that, in sentences."""
+
     def __init__(
         self,
         *,
@@ -1045,10 +1056,11 @@ class DeviceResult(_message.Message):
         verified: _builtins.str = ...,
         pending_interrupts: _builtins.int = ...,
         pending_doorbells: _builtins.int = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "pending_doorbells", b"pending_doorbells", "pending_interrupts", b"pending_interrupts", "precopy_bytes", b"precopy_bytes", "stop_copy_bytes", b"stop_copy_bytes", "verified", b"verified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "notes", b"notes", "pending_doorbells", b"pending_doorbells", "pending_interrupts", b"pending_interrupts", "precopy_bytes", b"precopy_bytes", "stop_copy_bytes", b"stop_copy_bytes", "verified", b"verified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
