@@ -88,6 +88,7 @@ class _Client(_Player):
         # Indices of the server's commands that have not come yet.
         self._expected = [index for index, message in enumerate(self._messages) if _asks(message, "server")]
         self._came = threading.Condition()
+        self._silent = False  # it did not ask for what was waited for, and not for anything since
         thread = threading.Thread(target=self._serve, name="replay", daemon=True)
         thread.start()
         try:
@@ -105,9 +106,12 @@ class _Client(_Player):
         here = sum(1 for message in self._messages[: index + 1] if _asks(message, "server"))
         total = sum(1 for message in self._messages if _asks(message, "server"))
         with self._came:
-            if not self._came.wait_for(lambda: total - len(self._expected) >= here, self._timeout):
-                self._note(index, self._messages[index].header.command, f"did not come within {self._timeout:g} s")
-                self._expected.remove(index)
+            timeout = 0 if self._silent else self._timeout
+            if not self._came.wait_for(lambda: total - len(self._expected) >= here, timeout):
+                missing = self._expected.pop(0)
+                command = self._messages[missing].header.command
+                self._note(missing, command, f"did not come within {self._timeout:g} s")
+                self._silent = True
 
     def _serve(self) -> None:
         with suppress(ConnectionLostError):
@@ -117,6 +121,7 @@ class _Client(_Player):
 
     def _answer(self, command: Message) -> None:
         with self._came:
+            self._silent = False
             index = self._find(command)
             if index is not None:
                 self._expected.remove(index)
@@ -140,25 +145,33 @@ class _Client(_Player):
 
 
 class _Server(_Player):
-    """Answers and asks in the record's order."""
+    """Answers and asks in the record's order, except that no command waits for the client's next one."""
 
     def play(self) -> None:
-        commands: dict[int, Message] = {}  # by the index of their replies
+        asked = set()
         for index, message in enumerate(self._messages):
-            if _asks(message, "server"):
+            if _asks(message, "server") and index not in asked:
                 self._ask(index)
-            elif message.sender == "server":
-                fds = _stand_ins(message)
-                self._connection.reply(commands.pop(index), [message.body], fds, error=message.header.refusal)
-                _close(fds)
             elif _asks(message, "client"):
                 command = self._next_command(index)
                 self._compare(index, command)
                 command.close_fds()
                 if index in self._replies:
-                    commands[self._replies[index]] = command
+                    reply = self._replies[index]
+                    for between in range(index + 1, reply):
+                        if _asks(self._messages[between], "server") and between not in asked:
+                            asked.add(between)
+                            self._ask(between)
+                    self._answer(command, self._messages[reply])
         while (extra := self._connection.next_command()) is not None:
             self._refuse(len(self._messages) - 1, extra, "asked after the end of the record")
+
+    def _answer(self, command: Message, reply: Recorded) -> None:
+        fds = _stand_ins(reply)
+        try:
+            self._connection.reply(command, [reply.body], fds, error=reply.header.refusal)
+        finally:
+            _close(fds)
 
     def _next_command(self, index: int) -> Message:
         """Wait for the command that is recorded at `index`; others are noted, and refused."""
