@@ -99,7 +99,7 @@ def test_our_client_and_our_device_do_not_notice_it() -> None:
     commands = [message for message in proxy.messages if not message.header.is_reply]
     assert len(commands) * 2 == len(proxy.messages)
     irqs = [message.fds for message in commands if message.header.command == Command.DEVICE_SET_IRQS]
-    assert irqs == [16, 4]
+    assert irqs == [8, 8, 4]
     assert sum(m.fds for m in commands) == 21
 
 
