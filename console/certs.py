@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from console.errors import CommandError
 from console.exit_codes import ExitCode
 
-__all__ = ["make_certificates"]
+__all__ = ["CA", "make_certificates"]
 
 CA = "ca"
 CA_VALID = timedelta(days=5 * 365)

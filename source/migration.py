@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import grpc
 import numpy as np
@@ -31,7 +32,7 @@ from common.memory import bitmap, runs
 from common.memory.bitmap import Words
 from common.memory.digest import DigestWorkers
 from common.memory.layout import PAGE_SIZE
-from common.rpc.channel import open_channel
+from common.rpc.channel import open_bulk_channel, open_channel
 from common.rpc.errors import PeerError, peer_error
 from common.vfio.migration import MigrationFlags
 from source import handover, verdict
@@ -98,7 +99,8 @@ class Migration:
         self._held = ExitStack()
         self._prepared = False
         self._machine = host.machine.another()
-        self._channel = open_channel(self._address)
+        self._open_bulk = partial(open_bulk_channel, self._address, host.security.channel)
+        self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
         self._account = Account(
             host.events, session_id, request, lambda: [stream.progress() for stream in self._streams]
@@ -174,7 +176,7 @@ class Migration:
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()
         self._lanes = PageLanes(
-            self._address,
+            self._open_bulk,
             self.session_id,
             self._ram,
             self._request.lanes,
@@ -188,7 +190,7 @@ class Migration:
         for device in devices:
             loads_ahead = device.has_precopy and bool(peers[device.name] & MigrationFlags.PRE_COPY)
             self._streams.append(
-                DeviceStream(self._address, self.session_id, device, machine.another(), self._limiter, loads_ahead)
+                DeviceStream(self._open_bulk, self.session_id, device, machine.another(), self._limiter, loads_ahead)
             )
 
     # precopy: round 0 sends all of RAM, each later one what was dirtied meanwhile; devices send what they can.
