@@ -417,8 +417,8 @@ def certs(
     if not (host or operator):
         raise CommandError("certs: name a --host or an --operator", ExitCode.USAGE)
     for made in make_certificates(directory, host or [], operator or []):
-        typer.echo(f"{made}: copy it to {made.name}, and give it to --tls there")
-    typer.echo(f"{directory / CA}: keep it here: who has its key can make anybody's certificate")
+        typer.echo(f"{made}: copy it to {made.name}, and give --tls the copy there")
+    typer.echo(f"{directory / CA}: keep it here; whoever has its key can make anybody's certificate")
 
 
 @app.command()

@@ -17,11 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from cryptography.x509 import Certificate, load_pem_x509_certificates
+from cryptography.x509 import Certificate, ExtendedKeyUsage, ExtensionNotFound, load_pem_x509_certificates
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 __all__ = ["TlsError", "channel_credentials", "server_credentials"]
+
+
+_USAGES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 
 
 class TlsError(Exception):
@@ -59,6 +63,7 @@ def _identity(directory: Path, side: str, authorities: list[Certificate]) -> tup
     chain = _certificates(path)
     for certificate in chain:
         _check_dates(path, certificate)
+    _check_usage(path, chain[0], side)
     for certificate, issuers in zip(chain, [*([issuer] for issuer in chain[1:]), authorities], strict=True):
         if not any(_issued(certificate, issuer) for issuer in issuers):
             raise TlsError(f"{path}: not issued by the CA of {directory / 'ca-cert.pem'}")
@@ -69,7 +74,7 @@ def _identity(directory: Path, side: str, authorities: list[Certificate]) -> tup
         key = load_pem_private_key(pem, password=None)
     except TypeError:
         raise TlsError(f"{key_path}: has a passphrase, which a daemon cannot be asked for") from None
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise TlsError(f"{key_path}: not a private key in PEM") from None
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if key.public_key().public_bytes(*form) != chain[0].public_key().public_bytes(*form):
@@ -97,6 +102,15 @@ def _check_dates(path: Path, certificate: Certificate) -> None:
         raise TlsError(f"{path}: expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     if now < certificate.not_valid_before_utc:
         raise TlsError(f"{path}: not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
+
+
+def _check_usage(path: Path, certificate: Certificate, side: str) -> None:
+    try:
+        usages = certificate.extensions.get_extension_for_class(ExtendedKeyUsage).value
+    except ExtensionNotFound:
+        return  # for anything
+    if _USAGES[side] not in usages:
+        raise TlsError(f"{path}: not a certificate for a {side}")
 
 
 def _issued(certificate: Certificate, issuer: Certificate) -> bool:
