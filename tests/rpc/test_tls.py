@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import grpc
 import pytest
@@ -76,7 +76,7 @@ class Served:
         self.server = Server("127.0.0.1:0", register, [HOST, MIGRATION], credentials, access)
         self.address = self.server.address
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> Self:
         self.server.start()
         return self
 
@@ -134,7 +134,10 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         replaced("server-cert.pem", lambda made: made / "host1/client-cert.pem"),
         "not a certificate for a server",
     ),
-    "read by all": (lambda tls, _: (tls / "server-key.pem").chmod(0o604), "others than its owner may use it: chmod 600"),
+    "read by all": (
+        lambda tls, _: (tls / "server-key.pem").chmod(0o604),
+        "others than its owner may use it: chmod 600",
+    ),
     "read by a group": (lambda tls, _: (tls / "server-key.pem").chmod(0o640), "others than its owner may use it"),
 }
 
