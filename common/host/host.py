@@ -99,7 +99,8 @@ class Host:
         """Return an empty directory for a machine process."""
         path = self.directory / "run" / session_id
         shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True, mode=0o700)
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        path.mkdir(mode=0o700)
         return path
 
     def remove_run_directory(self, session_id: str) -> None:
