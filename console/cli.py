@@ -88,6 +88,13 @@ def _directory(text: str) -> Path:
     return path
 
 
+def _names(text: str) -> frozenset[str]:
+    names = frozenset(text.split(","))
+    if "" in names:
+        raise typer.BadParameter(f'"{text}" is not NAME,NAME,…')
+    return names
+
+
 Address = Annotated[str, typer.Argument(parser=_address, metavar="HOST:PORT", help="The daemon's address.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 VerifyOption = Annotated[
@@ -111,6 +118,27 @@ MachineFile = Annotated[
 ]
 
 
+Tls = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls",
+        envvar="SWITCHOVER_TLS",
+        parser=_directory,
+        metavar="DIRECTORY",
+        help="Use TLS, with the certificates and keys in this directory (see switchover certs).",
+    ),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Listen beyond loopback without TLS: whoever reaches the port is served.")
+]
+AllowSource = Annotated[
+    frozenset[str] | None,
+    typer.Option(parser=_names, metavar="NAME,…", help="Names in certificates of hosts that may migrate to here."),
+]
+AllowOperator = Annotated[
+    frozenset[str] | None,
+    typer.Option(parser=_names, metavar="NAME,…", help="Names in certificates that may move, pause or stop machines."),
+]
 Devices = Annotated[
     str | None,
     typer.Option(metavar="KIND,…", help="Kinds of devices that machines which come here may have; default: all."),
@@ -142,40 +170,67 @@ def _attachments(sockets: list[str] | None, file: Path | None) -> dict[str, Atta
 
 
 @app.command()
-def source(listen: Listen = DEFAULT_LISTEN, machine: MachineFile = None, state_dir: StateDir = None) -> int:
+def source(
+    *,
+    listen: Listen = DEFAULT_LISTEN,
+    machine: MachineFile = None,
+    state_dir: StateDir = None,
+    tls: Tls = None,
+    insecure: Insecure = False,
+    allow_operator: AllowOperator = None,
+) -> int:
     """Run the daemon that machines leave from."""
+    from common.host.network import Network
+    from common.rpc.access import Access
     from source.daemon import run
 
-    return run(listen, machine, state_dir)
+    network = Network(listen, tls, insecure=insecure, access=Access(operators=allow_operator))
+    return run(network, machine, state_dir)
 
 
 @app.command()
 def destination(
+    *,
     listen: Listen = DEFAULT_LISTEN,
     state_dir: StateDir = None,
     devices: Devices = None,
     device_sockets: DeviceSockets = None,
     device_file: DeviceFile = None,
+    tls: Tls = None,
+    insecure: Insecure = False,
+    allow_source: AllowSource = None,
+    allow_operator: AllowOperator = None,
 ) -> int:
     """Run the daemon that machines arrive at."""
+    from common.host.network import Network
+    from common.rpc.access import Access
     from destination.daemon import run
 
-    return run(listen, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
+    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator))
+    return run(network, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
 
 
 @app.command()
 def host(
+    *,
     listen: Listen = DEFAULT_LISTEN,
     machine: MachineFile = None,
     state_dir: StateDir = None,
     devices: Devices = None,
     device_sockets: DeviceSockets = None,
     device_file: DeviceFile = None,
+    tls: Tls = None,
+    insecure: Insecure = False,
+    allow_source: AllowSource = None,
+    allow_operator: AllowOperator = None,
 ) -> int:
     """Run both daemons in one: machines arrive and leave."""
+    from common.host.network import Network
+    from common.rpc.access import Access
     from console.host import run
 
-    return run(listen, machine, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
+    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator))
+    return run(network, machine, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
 
 
 @app.command()
@@ -212,6 +267,7 @@ def migrate(
     on_mismatch: Annotated[
         OnMismatch, typer.Option(help="With --verify deferred: what to do with a machine whose memory differs.")
     ] = OnMismatch.PAUSE,
+    tls: Tls = None,
     as_json: AsJson = False,
 ) -> int:
     """Move the machine at SOURCE to DESTINATION while it runs."""
@@ -238,7 +294,7 @@ def migrate(
         continue_on_mismatch=on_mismatch is OnMismatch.CONTINUE,
     )
     try:
-        with daemon(source) as stub:
+        with daemon(source, tls) as stub:
             result = run(stub, request, open_progress(Console(stderr=True)))
     except CommandError as error:
         if as_json:
@@ -256,7 +312,7 @@ def migrate(
 
 
 @app.command()
-def status(address: Address, *, as_json: AsJson = False) -> None:
+def status(address: Address, *, tls: Tls = None, as_json: AsJson = False) -> None:
     """Show a daemon, its machine, and what would prevent a migration."""
     from rich.console import Console
     from switchover.v1.host_pb2 import GetMachineRequest
@@ -264,7 +320,7 @@ def status(address: Address, *, as_json: AsJson = False) -> None:
     from console.daemon import QUICK_CALL_S, daemon, plain_data
     from console.status import print_status
 
-    with daemon(address) as stub:
+    with daemon(address, tls) as stub:
         answer = stub.GetMachine(GetMachineRequest(), timeout=QUICK_CALL_S)
     if as_json:
         _print_json(plain_data(answer))
@@ -273,55 +329,55 @@ def status(address: Address, *, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def cancel(address: Address) -> None:
+def cancel(address: Address, *, tls: Tls = None) -> None:
     """Cancel the migration that runs; the machine goes on where it is."""
     from switchover.v1.host_pb2 import CancelRequest
 
     from console.daemon import QUICK_CALL_S, daemon
 
-    with daemon(address) as stub:
+    with daemon(address, tls) as stub:
         stub.Cancel(CancelRequest(), timeout=QUICK_CALL_S)
     typer.echo(f"{address}: the migration is being cancelled")
 
 
 @app.command()
-def pause(address: Address) -> None:
+def pause(address: Address, *, tls: Tls = None) -> None:
     """Stop the machine's vCPUs and devices."""
     from switchover.v1.host_pb2 import PauseRequest
 
     from console.daemon import SLOW_CALL_S, daemon
 
-    with daemon(address) as stub:
+    with daemon(address, tls) as stub:
         stub.Pause(PauseRequest(), timeout=SLOW_CALL_S)
     typer.echo(f"{address}: the machine is paused")
 
 
 @app.command()
-def resume(address: Address) -> None:
+def resume(address: Address, *, tls: Tls = None) -> None:
     """Let a paused machine run again."""
     from switchover.v1.host_pb2 import ResumeRequest
 
     from console.daemon import SLOW_CALL_S, daemon
 
-    with daemon(address) as stub:
+    with daemon(address, tls) as stub:
         stub.Resume(ResumeRequest(), timeout=SLOW_CALL_S)
     typer.echo(f"{address}: the machine runs")
 
 
 @app.command()
-def stop(address: Address) -> None:
+def stop(address: Address, *, tls: Tls = None) -> None:
     """End the machine for good, as a power switch does."""
     from switchover.v1.host_pb2 import StopMachineRequest
 
     from console.daemon import SLOW_CALL_S, daemon
 
-    with daemon(address) as stub:
+    with daemon(address, tls) as stub:
         stub.StopMachine(StopMachineRequest(), timeout=SLOW_CALL_S)
     typer.echo(f"{address}: the machine is stopped")
 
 
 @app.command()
-def watch(address: Address, *, as_json: AsJson = False) -> None:
+def watch(address: Address, *, tls: Tls = None, as_json: AsJson = False) -> None:
     """Print what happens at a daemon, line by line, until Ctrl-C."""
     from switchover.v1.host_pb2 import WatchEventsRequest
 
@@ -329,7 +385,7 @@ def watch(address: Address, *, as_json: AsJson = False) -> None:
     from console.report import report
     from console.status import event_line
 
-    with daemon(address) as stub:
+    with daemon(address, tls) as stub:
         try:
             for event in stub.WatchEvents(WatchEventsRequest()):
                 if as_json:
@@ -341,6 +397,28 @@ def watch(address: Address, *, as_json: AsJson = False) -> None:
                     print(event_line(event), flush=True)
         except KeyboardInterrupt:
             return
+
+
+@app.command()
+def certs(
+    directory: Annotated[Path, typer.Argument(parser=_directory, metavar="DIRECTORY", help="Where to put them.")],
+    *,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,…", help="A host: the names and IP addresses by which others reach it."),
+    ] = None,
+    operator: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Somebody who calls daemons and is no host.")
+    ] = None,
+) -> None:
+    """Make a private CA for a trial, and for each host and operator a directory for --tls."""
+    from console.certs import CA, make_certificates
+
+    if not (host or operator):
+        raise CommandError("certs: name a --host or an --operator", ExitCode.USAGE)
+    for made in make_certificates(directory, host or [], operator or []):
+        typer.echo(f"{made}: copy it to {made.name}, and give --tls the copy there")
+    typer.echo(f"{directory / CA}: keep it here; whoever has its key can make anybody's certificate")
 
 
 @app.command()

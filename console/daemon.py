@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from switchover.v1.host_pb2_grpc import HostServiceStub
 
 from common.rpc.channel import open_channel
 from common.rpc.errors import describe
+from common.rpc.tls import TlsError, channel_credentials
 from console.errors import CommandError
 from console.exit_codes import ExitCode
 
@@ -28,9 +30,16 @@ _UNREACHABLE = frozenset({"UNREACHABLE", "NO_ANSWER", "NOT_SWITCHOVER"})
 
 
 @contextmanager
-def daemon(address: str) -> Iterator[HostServiceStub]:
-    """Connect to the daemon at HOST:PORT; calls that fail in the block become `CommandError`."""
-    with open_channel(address) as channel:
+def daemon(address: str, tls: Path | None = None) -> Iterator[HostServiceStub]:
+    """Connect to the daemon at HOST:PORT; calls that fail in the block become `CommandError`.
+
+    `tls` is a directory as `common.rpc.tls` reads.
+    """
+    try:
+        credentials = channel_credentials(tls) if tls is not None else None
+    except TlsError as error:
+        raise CommandError(str(error), ExitCode.USAGE) from error
+    with open_channel(address, credentials) as channel:
         try:
             yield HostServiceStub(channel)
         except grpc.RpcError as error:

@@ -10,10 +10,12 @@ from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
 
 from common.host.daemon import configure_logs, fail, serve
 from common.host.host import Host, HostError
+from common.host.network import Network
 from common.machine.attachments import attachments_of
 from common.machine.config import parse
 from common.machine.device_config import DEVICE_KINDS, Attachment
 from common.machine.fields import ConfigError
+from common.rpc.tls import TlsError
 from destination import service as arrivals
 from destination.service import MigrationServicer
 from source.service import SourceServicer
@@ -22,7 +24,7 @@ __all__ = ["run"]
 
 
 def run(
-    listen: str,
+    network: Network,
     machine: Path | None,
     state_dir: Path | None,
     device_kinds: Sequence[str] = DEVICE_KINDS,
@@ -34,8 +36,8 @@ def run(
         spec = parse(machine) if machine is not None else None
         # A machine that comes back finds its devices where its own file says.
         known = {**(attachments_of(spec) if spec is not None else {}), **(attachments or {})}
-        host = Host("host", state_dir, device_kinds, known)
-    except ConfigError as error:
+        host = Host("host", state_dir, device_kinds, known, network.secure())
+    except (ConfigError, TlsError) as error:
         return fail(str(error), 2)
     except (HostError, OSError) as error:
         return fail(str(error))
@@ -52,7 +54,7 @@ def run(
 
     return serve(
         host,
-        listen,
+        network.listen,
         register,
         [
             host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,

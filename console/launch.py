@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -32,10 +33,13 @@ def running_host(directory: Path, machine: Path | None) -> Iterator[str]:
     # -P: a folder named console in the current directory is not ours.
     command = [sys.executable, "-P", "-m", "console", "host", "--listen", "127.0.0.1:0", "--state-dir", str(directory)]
     command += ["--machine", str(machine)] if machine else []
+    environment = {
+        name: value for name, value in os.environ.items() if name != "SWITCHOVER_TLS"
+    }  # it stays on loopback
     with (directory / "stdout").open("wb") as stdout, (directory / "stderr").open("wb") as stderr:
         # In a session of its own, so that Ctrl-C on the terminal reaches us alone.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True, env=environment
         )
     address = None
     try:

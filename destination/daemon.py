@@ -10,8 +10,10 @@ from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
 
 from common.host.daemon import configure_logs, fail, serve
 from common.host.host import Host, HostError
+from common.host.network import Network
 from common.host.service import HostServicer
 from common.machine.device_config import DEVICE_KINDS, Attachment
+from common.rpc.tls import TlsError
 from destination import service as arrivals
 from destination.service import MigrationServicer
 
@@ -19,7 +21,7 @@ __all__ = ["run"]
 
 
 def run(
-    listen: str,
+    network: Network,
     state_dir: Path | None,
     device_kinds: Sequence[str] = DEVICE_KINDS,
     attachments: Mapping[str, Attachment] | None = None,
@@ -27,7 +29,9 @@ def run(
     """Serve until a signal; return the exit code."""
     configure_logs()
     try:
-        host = Host("destination", state_dir, device_kinds, attachments)
+        host = Host("destination", state_dir, device_kinds, attachments, network.secure())
+    except TlsError as error:
+        return fail(str(error), 2)
     except (HostError, OSError) as error:
         return fail(str(error))
     servicer = MigrationServicer(host)
@@ -38,7 +42,7 @@ def run(
 
     return serve(
         host,
-        listen,
+        network.listen,
         register,
         [
             host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,

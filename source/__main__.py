@@ -6,11 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.host.network import Network
 from source.daemon import run
 
 parser = argparse.ArgumentParser(prog="python -m source")
 parser.add_argument("--listen", default="127.0.0.1:7700", metavar="HOST:PORT", help="port 0 takes a free one")
 parser.add_argument("--machine", type=Path, help="machine.toml of the machine to start")
 parser.add_argument("--state-dir", type=Path, help="where records and machines live")
+parser.add_argument("--tls", type=Path, metavar="DIRECTORY", help="certificates and keys (switchover certs)")
+parser.add_argument("--insecure", action="store_true", help="listen beyond loopback without TLS")
 arguments = parser.parse_args()
-sys.exit(run(arguments.listen, arguments.machine, arguments.state_dir))
+network = Network(arguments.listen, arguments.tls, insecure=arguments.insecure)
+sys.exit(run(network, arguments.machine, arguments.state_dir))

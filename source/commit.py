@@ -131,7 +131,7 @@ def settle(host: Host, known: Record, ended: threading.Event) -> None:
 
     def ask() -> None:
         try:
-            with open_channel(known.peer) as channel:
+            with open_channel(known.peer, host.security.channel) as channel:
                 stub = migration_pb2_grpc.MigrationServiceStub(channel)
                 gone = _resolve(stub, known.session_id, say, ended)
                 event = handover.Event.COMMITTED if gone else handover.Event.REVOKED

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import grpc
 from switchover.v1 import migration_pb2
 
 from common.memory.layout import PAGE_SIZE
 from common.memory.pages import encode, split_lanes
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
-from common.rpc.channel import open_bulk_channel
 from common.rpc.page_batch import serialize
 from source.limiter import Limiter
 from source.stream import AckedStream
@@ -43,14 +43,14 @@ class LaneStats:
 class _Lane:
     def __init__(
         self,
-        address: str,
+        open_channel: Callable[[], grpc.Channel],
         metadata: tuple[tuple[str, str], ...],
         limiter: Limiter,
         on_applied: Callable[[int, int], None],
     ) -> None:
         self._limiter = limiter
         self._on_applied = on_applied
-        self._channel = open_bulk_channel(address)
+        self._channel = open_channel()
         self._unacked: dict[int, tuple[int, int]] = {}
         call = self._channel.stream_stream(
             SEND_PAGES,
@@ -91,7 +91,7 @@ class PageLanes:
 
     def __init__(
         self,
-        address: str,
+        open_channel: Callable[[], grpc.Channel],
         session_id: str,
         ram: GuestRam,
         count: int,
@@ -104,7 +104,7 @@ class PageLanes:
         self._ram = ram
         self._compress = compress
         self._lanes = [
-            _Lane(address, (("session-id", session_id), ("lane", str(index))), limiter, on_applied)
+            _Lane(open_channel, (("session-id", session_id), ("lane", str(index))), limiter, on_applied)
             for index in range(count)
         ]
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="lane")

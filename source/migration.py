@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import grpc
 import numpy as np
@@ -26,7 +27,7 @@ from common.machine.config import to_json
 from common.machine.record import Ownership
 from common.memory import bitmap, runs
 from common.memory.bitmap import Words
-from common.rpc.channel import open_channel
+from common.rpc.channel import open_bulk_channel, open_channel
 from common.rpc.errors import peer_error
 from source import handover
 from source.account import Account
@@ -83,7 +84,8 @@ class Migration:
         self._held = ExitStack()
         self._prepared = False
         self._machine = host.machine.another()
-        self._channel = open_channel(self._address)
+        self._open_bulk = partial(open_bulk_channel, self._address, host.security.channel)
+        self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
         self._account = Account(host.events, session_id, request, self._device_progress)
 
@@ -161,6 +163,7 @@ class Migration:
         machine.enter_precopy()
         self._open_streams = Streams(
             self._stub,
+            self._open_bulk,
             self.session_id,
             self._request,
             machine,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import grpc
 from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
 from common.machine.client import Changes, DeviceInfo, DeviceSizes, MachineClient, MappingChange
-from common.rpc.channel import open_bulk_channel
 from source.limiter import Limiter
 from source.stream import AckedStream
 
@@ -81,7 +81,7 @@ class DeviceStream:
 
     def __init__(
         self,
-        address: str,
+        open_channel: Callable[[], grpc.Channel],
         session_id: str,
         device: DeviceInfo,
         machine: MachineClient,
@@ -92,7 +92,7 @@ class DeviceStream:
         self.device = device
         self._machine = machine
         self._limiter = limiter
-        self._channel = open_bulk_channel(address)
+        self._channel = open_channel()
         stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
         metadata = (("session-id", session_id), ("device", device.name))
         self._stream: AckedStream[migration_pb2.SendDeviceStateRequest, migration_pb2.SendDeviceStateResponse] = (

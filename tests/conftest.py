@@ -1,7 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 # How long an example takes depends on what else the machine does: that is not what these tests are about.
 settings.register_profile("switchover", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("switchover")
+
+
+@pytest.fixture(autouse=True)
+def logs_of_this_test() -> Iterator[None]:
+    """Forget how a test has set up the logs: they would go to its output, which is closed when it has ended."""
+    yield
+    structlog.reset_defaults()

@@ -36,7 +36,7 @@ def configure_logs() -> None:
 
 
 def fail(message: str, code: int = 1) -> int:
-    """Say in one line why the daemon does not run, and return its exit code (2: its machine file is wrong)."""
+    """Say in one line why the daemon does not run; return its exit code (2: its options or machine file are wrong)."""
     print(f"switchover: {message}", file=sys.stderr)
     return code
 
@@ -60,7 +60,7 @@ def serve(
         signal.signal(number, lambda *_: ended.set())
     tune_allocator()
     try:
-        server = Server(listen, register, services)
+        server = Server(listen, register, services, host.security.server, host.security.access)
     except OSError as error:
         return fail(str(error))
     try:

@@ -17,6 +17,7 @@ import structlog
 from switchover.v1 import host_pb2
 
 from common.host.events import Events
+from common.host.network import Security
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import MachineClient
@@ -30,6 +31,8 @@ __all__ = ["COMMITTED", "REVOKED", "Host", "HostError", "default_state_dir"]
 
 COMMITTED, REVOKED = "COMMITTED", "REVOKED"
 ARRIVED = (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF)
+
+PLAIN = Security()
 
 _log = structlog.get_logger()
 
@@ -53,8 +56,9 @@ class Host:
         state_dir: Path | None,
         device_kinds: Sequence[str] = DEVICE_KINDS,
         attachments: Mapping[str, Attachment] | None = None,
+        security: Security = PLAIN,
     ) -> None:
-        """Take the state directory; raise HostError if another daemon has it.
+        """Take the state directory; raise HostError if another daemon has it, or others may write to it.
 
         `device_kinds` are the emulated devices that machines which come here may have, `attachments` say by device
         where somebody else's are found.
@@ -64,9 +68,14 @@ class Host:
         self.role = role
         self.device_kinds = frozenset(device_kinds)
         self.attachments = dict(attachments or {})
+        self.security = security
         self.directory = (state_dir or default_state_dir(role)).absolute()
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.directory.stat().st_mode & 0o022:
+            # Whoever may write here may replace the record, and with it say who owns the machine.
+            raise HostError(f"{self.directory}: others than its owner may write to it: chmod 700 {self.directory}")
         self._lock_file = (self.directory / "lock").open("w")
+        os.fchmod(self._lock_file.fileno(), 0o600)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -90,7 +99,8 @@ class Host:
         """Return an empty directory for a machine process."""
         path = self.directory / "run" / session_id
         shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True, mode=0o700)
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        path.mkdir(mode=0o700)
         return path
 
     def remove_run_directory(self, session_id: str) -> None:
@@ -100,7 +110,7 @@ class Host:
     def decide(self, session_id: str, decision: str) -> None:
         """Make it durable, for as long as this host exists, how a session that came here ended."""
         directory = self.directory / "decisions"
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(exist_ok=True, mode=0o700)
         record.write_durably(directory / session_id, decision)
 
     def decision(self, session_id: str) -> str | None:

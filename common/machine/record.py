@@ -65,6 +65,7 @@ def write_durably(path: Path, text: str) -> None:
     """Replace a file whole; when this returns it survives a power failure."""
     temporary = path.with_name(f"{path.name}.new")
     with temporary.open("w") as file:
+        os.fchmod(file.fileno(), 0o600)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -35,11 +35,18 @@ BULK_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def open_channel(address: str) -> grpc.Channel:
-    """Return a channel for control calls to HOST:PORT."""
-    return grpc.insecure_channel(address, options=[*_COMMON_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+    """Return a channel for control calls to HOST:PORT; without credentials it is plain, and a TLS port refuses it."""
+    return _open(address, credentials, _COMMON_OPTIONS)
 
 
-def open_bulk_channel(address: str) -> grpc.Channel:
+def open_bulk_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
     """Return a channel for one bulk stream to HOST:PORT, with a connection of its own."""
-    return grpc.insecure_channel(address, options=[*BULK_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    return _open(address, credentials, BULK_OPTIONS)
+
+
+def _open(address: str, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, int]]) -> grpc.Channel:
+    options = [*options, ("grpc.use_local_subchannel_pool", 1)]
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)

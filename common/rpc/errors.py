@@ -10,6 +10,7 @@ Reasons are part of the contract (docs/protocol.md): a caller may act on PROTOCO
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import grpc
@@ -67,7 +68,7 @@ def peer_error(error: grpc.RpcError) -> PeerError:
     if code is grpc.StatusCode.UNAVAILABLE and "HTTP/2" in text:
         return PeerError("NOT_SWITCHOVER", "what answers there is not a Switchover daemon", code)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return PeerError("UNREACHABLE", f"cannot be reached: {_first_line(text)}", code)
+        return PeerError("UNREACHABLE", f"cannot be reached: {_tls_failure(text) or _first_line(text)}", code)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return PeerError("NO_ANSWER", "has not answered in time", code)
     return PeerError(code.name, _first_line(text), code)
@@ -82,6 +83,26 @@ def _reason_of(error: grpc.RpcError) -> str | None:
                 return str(info.reason)
     except (DecodeError, ValueError):
         pass  # whoever answers so is none of ours: what the status itself says must do
+    return None
+
+
+def _tls_failure(text: str) -> str | None:
+    """Return what went wrong with TLS while connecting; None if it is something else.
+
+    gRPC has no code for it: the names are BoringSSL's, and its own. A server that wants TLS, or another certificate,
+    says nothing at all.
+    """
+    untrusted = re.search(r"CERTIFICATE_VERIFY_FAILED(: [^:]+)?", text)
+    if untrusted is not None:
+        return f"TLS: the daemon's certificate is not trusted{untrusted[1] or ''}"
+    if "Hostname Verification Check failed" in text:
+        return "TLS: the daemon's certificate is for other names than that of this address"
+    if "WRONG_VERSION_NUMBER" in text:
+        return "TLS: the daemon speaks no TLS"
+    if "handshake failed" in text:
+        return f"TLS: {_first_line(text)}"
+    if "failed to connect" in text and ("Socket closed" in text or "Connection reset" in text):
+        return "it hangs up at once; if it speaks TLS, it wants --tls with a certificate of its CA"
     return None
 
 

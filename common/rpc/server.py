@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import structlog
@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.ipc.channel import ClosedError, RequestError
+from common.rpc.access import ANYBODY, Access, is_allowed, names_of
 from common.rpc.channel import BULK_OPTIONS
 from common.rpc.errors import RefusalError, status_of
 
@@ -24,8 +25,11 @@ THREADS = 128
 _log = structlog.get_logger()
 
 
-class _Refusals(grpc.ServerInterceptor):
-    """Turns what a servicer raises into a status."""
+class _Edge(grpc.ServerInterceptor):
+    """Lets only those in who may call, and turns what a servicer raises into a status."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
 
     def intercept_service(
         self,
@@ -37,25 +41,28 @@ class _Refusals(grpc.ServerInterceptor):
             return None
         method = handler_call_details.method
         if handler.request_streaming and handler.response_streaming:
-            behaviour = _guard_stream(handler.stream_stream, method)
+            behaviour = _guard_stream(handler.stream_stream, method, self._access)
             return grpc.stream_stream_rpc_method_handler(
                 behaviour, handler.request_deserializer, handler.response_serializer
             )
         if handler.response_streaming:
-            behaviour = _guard_stream(handler.unary_stream, method)
+            behaviour = _guard_stream(handler.unary_stream, method, self._access)
             return grpc.unary_stream_rpc_method_handler(
                 behaviour, handler.request_deserializer, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            _guard_unary(handler.unary_unary, method), handler.request_deserializer, handler.response_serializer
+            _guard_unary(handler.unary_unary, method, self._access),
+            handler.request_deserializer,
+            handler.response_serializer,
         )
 
 
-def _guard_unary(behaviour: Callable[..., Any] | None, method: str) -> Callable[..., Any]:
+def _guard_unary(behaviour: Callable[..., Any] | None, method: str, access: Access) -> Callable[..., Any]:
     assert behaviour is not None
 
     def guarded(request: Any, context: grpc.ServicerContext) -> Any:
         try:
+            _check(method, context, access)
             return behaviour(request, context)
         except Exception as error:  # noqa: BLE001  # the edge: whatever it is, the peer gets a status
             _abort(context, error, method)
@@ -63,16 +70,27 @@ def _guard_unary(behaviour: Callable[..., Any] | None, method: str) -> Callable[
     return guarded
 
 
-def _guard_stream(behaviour: Callable[..., Any] | None, method: str) -> Callable[..., Any]:
+def _guard_stream(behaviour: Callable[..., Any] | None, method: str, access: Access) -> Callable[..., Any]:
     assert behaviour is not None
 
     def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
+            _check(method, context, access)
             yield from behaviour(request, context)
         except Exception as error:  # noqa: BLE001  # the edge: whatever it is, the peer gets a status
             _abort(context, error, method)
 
     return guarded
+
+
+def _check(method: str, context: grpc.ServicerContext, access: Access) -> None:
+    names = names_of(cast("Mapping[str, Iterable[bytes]]", context.auth_context()))  # its stub is wrong
+    if not is_allowed(method, names, access):
+        who = ", ".join(sorted(names)) or "a caller without a name"
+        _log.warning("refused", method=method, caller=who, peer=context.peer())
+        raise RefusalError(
+            grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED", f"{who} may not call {method.rpartition('/')[2]} here"
+        )
 
 
 def _abort(context: grpc.ServicerContext, error: Exception, method: str) -> None:
@@ -96,11 +114,16 @@ class Server:
         listen: str,
         register: Callable[[grpc.Server], None],
         services: Sequence[str],
+        credentials: grpc.ServerCredentials | None = None,
+        access: Access = ANYBODY,
     ) -> None:
-        """Bind `listen` (HOST:PORT, port 0: any); raise OSError if that port cannot be had."""
+        """Bind `listen` (HOST:PORT, port 0: any); raise OSError if that port cannot be had.
+
+        With credentials callers must show a certificate, and `access` says whose may call what.
+        """
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="rpc"),
-            interceptors=[_Refusals()],
+            interceptors=[_Edge(access)],
             options=[*BULK_OPTIONS, ("grpc.so_reuseport", 0)],
         )
         register(self._server)
@@ -112,7 +135,10 @@ class Server:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         host, _, _ = listen.rpartition(":")
         try:
-            port = self._server.add_insecure_port(listen)
+            if credentials is None:
+                port = self._server.add_insecure_port(listen)
+            else:
+                port = self._server.add_secure_port(listen, credentials)
         except RuntimeError as error:
             raise OSError(
                 f"cannot listen on {listen}: the port is in use or the address is not of this host"

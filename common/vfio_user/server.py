@@ -396,6 +396,7 @@ def listen(path: Path) -> socket.socket:
     try:
         temporary.unlink(missing_ok=True)
         sock.bind(os.fspath(temporary))
+        temporary.chmod(0o600)
         sock.listen(1)
         temporary.rename(path)
     except BaseException:

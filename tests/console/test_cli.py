@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -57,11 +58,23 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert problem in streams.err
 
 
+@pytest.mark.parametrize("command", [("status", "a:1"), ("watch", "a:1"), ("stop", "a:1"), MIGRATE, ("host",)])
+def test_certificates_are_where_the_option_or_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("SWITCHOVER_TLS", str(tmp_path / "environment"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for options, place in (((), "environment"), (("--tls", str(tmp_path / "option")), "option")):
+        assert switchover(monkeypatch, *command, *options) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"switchover: {tmp_path / place}: not a directory") and error.count("\n") == 1
+
+
 def test_help_does_not_import_what_takes_time() -> None:
     code = "import sys; from console.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "migrate" in shown
-    assert {"grpc", "numpy", "google.protobuf"}.isdisjoint(shown.splitlines()[-1].split())
+    assert {"grpc", "numpy", "google.protobuf", "cryptography"}.isdisjoint(shown.splitlines()[-1].split())
 
 
 def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +192,7 @@ def test_daemons_that_are_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_a_defect_is_still_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(address: str) -> None:
+    def broken(address: str, tls: object) -> None:
         raise RuntimeError(f"no {address}")
 
     monkeypatch.setattr("console.daemon.daemon", broken)

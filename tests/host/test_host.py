@@ -119,7 +119,24 @@ def test_a_state_directory_has_one_daemon(tmp_path: Path) -> None:
 
 
 def test_the_state_directory_is_ours_alone(host: Host) -> None:
-    assert host.directory.stat().st_mode & 0o077 == 0
+    host.decide("5e55", COMMITTED)
+    host.run_directory("boot")
+    found = {str(path.relative_to(host.directory)): path.stat().st_mode & 0o777 for path in host.directory.rglob("*")}
+    assert found.pop("lock") == found.pop("decisions/5e55") == 0o600
+    assert found == {"decisions": 0o700, "run": 0o700, "run/boot": 0o700}
+    assert host.directory.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_a_state_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    directory = tmp_path / "state"
+    directory.mkdir()
+    directory.chmod(mode)
+    with pytest.raises(HostError, match="others than its owner may write to it: chmod 700"):
+        Host("host", directory)
+    assert list(directory.iterdir()) == []
+    directory.chmod(0o755)
+    Host("host", directory).close()
 
 
 def test_where_state_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,7 +69,14 @@ def machine_toml(
 class Daemon:
     """A daemon process; `address` is where it says that it listens."""
 
-    def __init__(self, process: subprocess.Popen[str], state_dir: Path, log: Path, reach: str | None) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[str],
+        state_dir: Path,
+        log: Path,
+        reach: str | None,
+        credentials: grpc.ChannelCredentials | None,
+    ) -> None:
         self.process = process
         self.state_dir = state_dir
         self.log = log
@@ -82,7 +89,7 @@ class Daemon:
         self.address = line.strip().rpartition(" ")[2]
         self.said = process.stdout.readline().strip()
         self.port = self.address.rpartition(":")[2]
-        self.channel = open_channel(f"{reach}:{self.port}" if reach else self.address)
+        self.channel = open_channel(f"{reach}:{self.port}" if reach else self.address, credentials)
         self.stub = host_pb2_grpc.HostServiceStub(self.channel)
 
     def look(self) -> host_pb2.GetMachineResponse:
@@ -173,10 +180,12 @@ class Rig:
         options: tuple[str, ...] = (),
         prefix: tuple[str, ...] = (),
         reach: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> Daemon:
         """Start a daemon; `machine` is the text of its machine file, `prefix` what the command is run by.
 
-        `reach` is the host by which the test reaches it, if that is not where it listens.
+        `reach` is the host by which the test reaches it, if that is not where it listens; `credentials` are the test's,
+        if it speaks TLS.
         """
         name = state or f"{role}{len(self._daemons)}"
         arguments = [*prefix, *(command or (sys.executable, "-m", "console", role)), "--listen", listen, *options]
@@ -195,7 +204,7 @@ class Rig:
                 text=True,
                 env={**os.environ, "SWITCHOVER_HOOKS": str(self.hooks)},
             )
-        daemon = Daemon(process, state_dir, log, reach)
+        daemon = Daemon(process, state_dir, log, reach, credentials)
         self._daemons.append(daemon)
         return daemon
 

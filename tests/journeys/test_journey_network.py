@@ -73,12 +73,14 @@ def test_between_two_hosts_with_different_clocks(rig: Rig, image: Path, hosts: t
         "source",
         machine_toml(image=image, devices=("nic", "accelerator")),
         listen="0.0.0.0:0",
+        options=("--insecure",),
         prefix=("ip", "netns", "exec", a),
         reach="10.77.1.2",
     )
     destination = rig.start(
         "destination",
         listen="0.0.0.0:0",
+        options=("--insecure",),
         prefix=("ip", "netns", "exec", b, "unshare", "-T", "--monotonic", "100000"),
         reach="10.77.2.2",
     )

@@ -19,6 +19,14 @@ OLD = Record("uuid", "vm", 3, Ownership.OWNER, "/run/a")
 NEW = Record("uuid", "vm", 3, Ownership.COMMITTING, "/run/a", "5e55", "b:1")
 
 
+def test_the_record_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    (tmp_path / "record.json.new").touch(mode=0o666)  # what a failure has left
+    for written in (OLD, NEW):
+        record.write(path, written)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 class PowerFailureError(Exception):
     """Everything stops here."""
 

@@ -515,6 +515,7 @@ def test_a_listening_socket_is_there_only_when_it_listens(tmp_path: object) -> N
     path = tmp_path / "device.sock"  # type: ignore[operator]
     path.write_text("left by somebody")
     with listen(path) as listening:
+        assert path.stat().st_mode & 0o777 == 0o600
         assert [entry.name for entry in tmp_path.iterdir()] == ["device.sock"]  # type: ignore[attr-defined]
 
         def serve() -> None:
