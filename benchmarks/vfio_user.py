@@ -37,7 +37,7 @@ __all__ = ["device_state", "report", "round_trips"]
 
 GIB = 1 << 30
 SIZES = (32 << 10, 64 << 10, 256 << 10, MAX_TRANSFER)
-BYTES = 256 << 20  # of device state, in each measurement
+BYTES = 128 << 20  # of device state, in each measurement
 TRIPS = 5000
 REGION = 64 * GIB
 _ASK = struct.Struct("<QQ")  # bytes that come after it, bytes of the answer
