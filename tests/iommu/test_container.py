@@ -115,7 +115,7 @@ def test_unmap_never_splits(ram):
 
 
 def test_what_fails_while_no_migration_runs_is_told_to_who_asked_and_that_is_all(ram, destination):
-    """QEMU series patch 4: an error is printed, nothing else. A migration that begins later knows of the RAM at risk."""
+    """QEMU series patch 4: an error is printed, no more. A migration that begins later knows of the RAM at risk."""
     a, b = Device("a", ram), Device("b", ram)
     container = container_of(ram, a, b)
     container.map(0, P, 0)
