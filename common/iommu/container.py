@@ -131,7 +131,7 @@ class Container:
                 except OSError as error:
                     # Devices that have it already may have written there: what is taken back is collected.
                     self._unmap_from(mapping, index)
-                    text = f"{self.name}: {device.name}: cannot map IOVA {iova:#x} size {size:#x}"
+                    text = f"{self.name}: {device.name}: cannot map IOVA {iova:#x} size {size:#x} (DMA_MAP)"
                     raise device_error(error, text) from error
             if self._journal is not None:
                 self._journal.added(mapping)
@@ -177,7 +177,7 @@ class Container:
             try:
                 answer = device.dma_unmap(iova, size, bitmap=covered)
             except OSError as error:
-                text = f"{self.name}: {device.name}: cannot unmap IOVA {iova:#x} size {size:#x}"
+                text = f"{self.name}: {device.name}: cannot unmap IOVA {iova:#x} size {size:#x} (DMA_UNMAP)"
                 failure = failure or device_error(error, text)
             else:
                 if covered and answer is None and tracker is not None:

@@ -116,8 +116,8 @@ class DmaLog:
                     log.stop()
             except OSError as error:
                 failed.append(log)
-                text = device_error(error, f"{self._container}: {log.device.name}: cannot stop DMA logging").strerror
-                _log.warning("%s", text)
+                text = f"{self._container}: {log.device.name}: cannot stop DMA logging ({log.requests}_STOP)"
+                _log.warning("%s", device_error(error, text).strerror)
         self._running = failed
 
     def report(self, window: Range) -> Words:
@@ -153,7 +153,10 @@ class DmaLog:
         try:
             return log.pages(mapping.iova, mapping.size)
         except OSError as error:
-            text = f"{self._container}: {log.device.name}: cannot get the DMA log after an unmap"
+            text = (
+                f"{self._container}: {log.device.name}: cannot get the DMA log after the unmap of IOVA "
+                f"{mapping.iova:#x} size {mapping.size:#x} ({log.requests}_REPORT)"
+            )
             raise device_error(error, text) from error
 
 

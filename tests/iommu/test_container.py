@@ -98,7 +98,7 @@ def test_a_device_that_refuses_a_map_takes_it_from_all(ram, destination):
     container.take_delta()
     b.errors["map"] = errno.ENOMEM
     b.on["map"] = lambda: a.write(8 * P)
-    with fails(errno.ENOMEM, "dma0: b: cannot map IOVA 0x8000 size 0x1000: Cannot allocate memory"):
+    with fails(errno.ENOMEM, "dma0: b: cannot map IOVA 0x8000 size 0x1000 (DMA_MAP): Cannot allocate memory"):
         container.map(8 * P, P, 3 * P)
     assert 8 * P not in a.maps and 8 * P not in b.maps and container.mapping_count == 1
     assert container.take_delta().added == ()
@@ -114,6 +114,23 @@ def test_unmap_never_splits(ram):
     assert container.mapping_count == 1
 
 
+def test_what_fails_while_no_migration_runs_is_told_to_who_asked_and_that_is_all(ram, destination):
+    """QEMU series patch 4: an error is printed, no more. A migration that begins later knows of the RAM at risk."""
+    a, b = Device("a", ram), Device("b", ram)
+    container = container_of(ram, a, b)
+    container.map(0, P, 0)
+    container.map(8 * P, P, 3 * P)
+    a.errors["unmap"] = errno.EBUSY
+    with fails(errno.EBUSY, "dma0: a: cannot unmap IOVA 0x8000 size 0x1000 (DMA_UNMAP): Device or resource busy"):
+        container.unmap(8 * P, P)
+    del a.errors["unmap"]
+    container.map(16 * P, P, 16 * P)
+    container.start_tracking(destination.dirty)
+    assert container.tracking.kind == "device"
+    container.sync()
+    assert destination.round() == {3}
+
+
 def test_a_device_that_refuses_an_unmap_leaves_its_ram_dirty_for_ever(ram, destination):
     """It may still write there, whatever is mapped by now: unknown is dirty, at every sync, in later sessions too."""
     a, b = Device("a", ram), Device("b", ram)
@@ -121,7 +138,7 @@ def test_a_device_that_refuses_an_unmap_leaves_its_ram_dirty_for_ever(ram, desti
     container.map(8 * P, 2 * P, 3 * P)
     container.start_tracking(destination.dirty)
     a.errors["unmap"] = errno.EIO
-    with fails(errno.EIO, "dma0: a: cannot unmap IOVA 0x8000 size 0x2000"):
+    with fails(errno.EIO, "dma0: a: cannot unmap IOVA 0x8000 size 0x2000 (DMA_UNMAP): Input/output error"):
         container.unmap(8 * P, 2 * P)
     assert 8 * P not in b.maps and container.mapping_count == 0
     assert destination.round() == {3, 4}
@@ -233,7 +250,7 @@ def test_a_log_that_could_not_be_stopped_is_stopped_before_the_next_start(ram, d
     a.errors["stop"] = errno.EBUSY
     with caplog.at_level(logging.WARNING):
         container.stop_tracking()
-    assert "dma0: a: cannot stop DMA logging: Device or resource busy" in caplog.text
+    assert "dma0: a: cannot stop DMA logging (DMA_LOGGING_STOP): Device or resource busy" in caplog.text
     assert a.log.active and not b.log.active and container.tracking is None
     del a.errors["stop"]
     container.start_tracking(destination.dirty)
@@ -293,6 +310,8 @@ def test_an_unmap_that_cannot_be_asked_about_costs_the_log(ram, destination):
     container.unmap(8 * P, P)
     assert destination.round() == {8}
     assert container.tracking.kind == "perpetual"
+    asked = "dma0: a: cannot get the DMA log after the unmap of IOVA 0x8000 size 0x1000 (DMA_LOGGING_REPORT)"
+    assert f"{asked}: Input/output error" in container.tracking.reason
     assert container.sync().uncovered_pages == 1 and destination.round() == {0}
 
 

@@ -5,8 +5,9 @@ The migration stream: what a source says to a destination, and what it is answer
 
 One session moves one machine once. The order of calls is
 
-  Prepare, ReadClock…            setup:      the destination builds an empty machine
+  Prepare                        setup:      the destination builds an empty machine
   SendPages × lanes, SendDeviceState, SendMappings      precopy and switchover, side by side
+  ReadClock…                     switchover: just before the machine stops
   Finish                         switchover: everything has been sent; load it, leave RESUMING
   Verify                         strict: before Commit; deferred: after it
   Commit                         handover:   the destination owns the machine and runs it
@@ -759,7 +760,7 @@ class VerifyResponse(_message.Message):
     """Number of 2 MiB chunks that were compared."""
     @_builtins.property
     def mismatches(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChunkMismatch]:
-        """Chunks that differ, with the digests of their pages."""
+        """Chunks that differ."""
 
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceMismatch]:
@@ -796,7 +797,9 @@ class ChunkMismatch(_message.Message):
     chunk: _builtins.int
     """Chunk number: offset in RAM divided by 2 MiB."""
     page_digests: _builtins.bytes
-    """xxh3_64 of each page as the destination has it, 8 bytes each, little-endian; empty: only the chunk is known."""
+    """xxh3_64 of each page as the destination has it, 8 bytes each, little-endian; empty: only the chunk is known,
+    as in a deferred verification, and for what comes after the first 256 chunks.
+    """
     def __init__(
         self,
         *,

@@ -5,8 +5,9 @@ The migration stream: what a source says to a destination, and what it is answer
 
 One session moves one machine once. The order of calls is
 
-  Prepare, ReadClock…            setup:      the destination builds an empty machine
+  Prepare                        setup:      the destination builds an empty machine
   SendPages × lanes, SendDeviceState, SendMappings      precopy and switchover, side by side
+  ReadClock…                     switchover: just before the machine stops
   Finish                         switchover: everything has been sent; load it, leave RESUMING
   Verify                         strict: before Commit; deferred: after it
   Commit                         handover:   the destination owns the machine and runs it
