@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
 
-.PHONY: help demo test test-matrix check proto proto-fresh mutation wheel bench clean
+.PHONY: help demo test test-matrix test-interop check proto proto-fresh mutation wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    migrate a machine over localhost'
 	@echo 'make test    run every test'
 	@echo 'make test-matrix  run the long journeys and scenarios'
+	@echo 'make test-interop  run against other implementations, where they are installed (docs/vfio-user-extensions.md)'
 	@echo 'make check   format, lint, types, proto freshness and lint, wheel in a clean environment'
 	@echo 'make bench   measure (benchmarks/)'
 	@echo 'make mutation  change the pure modules of dirty tracking and the verifier, and see which tests notice'
@@ -37,6 +38,10 @@ test: $(VENV)/.installed
 # Every device failure, tracking strategy and scenario: several minutes of real processes.
 test-matrix: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m matrix $(ARGS)
+
+# Says of each test that it skips what is not there: SWITCHOVER_LIBVFIO_USER, SWITCHOVER_QEMU.
+test-interop: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m interop -rs $(ARGS)
 
 check: $(VENV)/.installed-dev proto-fresh
 	$(BIN)/ruff format --check .

@@ -422,6 +422,22 @@ def certs(
 
 
 @app.command()
+def device(
+    kind: Annotated[str, typer.Argument(help="The kind of device, as in the machine file.")],
+    *,
+    socket: Annotated[Path, typer.Option(metavar="PATH", dir_okay=False, help="Where to listen.")],
+    name: Annotated[str | None, typer.Option(help="What messages call it.")] = None,
+    knobs: Annotated[
+        list[str] | None, typer.Option("--knob", metavar="KEY=VALUE", help="A knob, as in the machine file.")
+    ] = None,
+) -> int:
+    """Serve an emulated device to any vfio-user client, one after the other, until Ctrl-C."""
+    from console.device import run
+
+    return run(kind, socket, name, knobs or ())
+
+
+@app.command()
 def demo(
     *,
     verify: VerifyOption = Verify.STRICT,

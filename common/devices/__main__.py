@@ -1,7 +1,7 @@
 """A device process: python -m common.devices KIND --name NAME --socket PATH [--knobs JSON].
 
-It listens at PATH, serves one client, and ends when that client goes, or on SIGTERM. A device has nothing to save: when
-its process ends, that is its power failure.
+It listens at PATH, serves one client, and ends when that client goes, or on SIGTERM or Ctrl-C. A device has nothing to
+save: when its process ends, that is its power failure.
 """
 
 from __future__ import annotations
@@ -69,10 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("knobs are not a JSON object")  # noqa: TRY004 - of what is given, not of the program
         device = build(options.kind, options.name, knobs)
         listener = listen(options.socket)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"{options.name}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{options.name}: cannot listen at {options.socket}: {error.strerror or error}", file=sys.stderr)
+        return 1
     _prepare(options.socket)
+    if not options.once:
+        print(f"{options.name}: listening at {options.socket}", flush=True)
     try:
         with listener:
             while True:
@@ -97,7 +102,8 @@ def _prepare(path: Path) -> None:
         threading.__excepthook__(arguments)
         os._exit(70)
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, terminate)
     threading.excepthook = engine_failed
     sys.setswitchinterval(_SWITCH_INTERVAL)
 

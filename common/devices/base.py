@@ -58,7 +58,8 @@ class EmulatedDevice(ABC):
             RegionInfo(index, both if index in sizes else nothing, sizes.get(index, 0)) for index in range(_REGIONS)
         ]
         self._config = config
-        self._intx = Intx(lambda: self.interrupt_pending() and not config.intx_disabled)
+        self._engine = Engine(name, self._step)
+        self._intx = Intx(lambda: self.interrupt_pending() and not config.intx_disabled, self._engine)
         self._msix = Msix(config.vectors)
         infos = {INTX_INDEX: self._intx.info} | ({MSIX_INDEX: self._msix.info} if config.vectors else {})
         self.irqs: Sequence[IrqInfo] = [infos.get(index, IrqInfo(index)) for index in range(_IRQS)]
@@ -68,7 +69,6 @@ class EmulatedDevice(ABC):
         self.dma = DmaPort(self._mappings, self._log, self._iommu, f"{name}-dma-written")
         self.dma.logging = "unlogged" not in knobs.faults
         self.dma.journal = WriteJournal() if knobs.trace else None
-        self._engine = Engine(name, self._step)
         self._faults = OneTimeFaults(name, knobs.faults)
         self._migration = Migration(self, state_format, knobs, self._faults)
         self.migration_flags: MigrationFlags = knobs.flags

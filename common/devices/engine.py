@@ -11,7 +11,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from common import hooks
@@ -55,6 +55,11 @@ class Engine:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._step = step
         self._closing = False
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._quiet, self._listening = select.poll(), select.poll()
+        self._quiet.register(self._wake, select.POLLIN)
+        self._listening.register(self._wake, select.POLLIN)
+        self._listening.register(self.doorbell, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
 
     def start(self) -> None:
@@ -84,19 +89,38 @@ class Engine:
             return os.eventfd_read(self.doorbell) > 0
         return False
 
+    def watch(self, eventfd: int, action: Callable[[], None]) -> None:
+        """Call `action`, under `lock`, whenever an eventfd is signalled, until `unwatch`. Called under `lock`."""
+        self._watched[eventfd] = action
+        for poll in (self._quiet, self._listening):
+            poll.register(eventfd, select.POLLIN)
+        self.wake()
+
+    def unwatch(self, eventfd: int) -> None:
+        """Watch an eventfd no longer; it may be closed then. Called under `lock`, or after `close`."""
+        del self._watched[eventfd]
+        for poll in (self._quiet, self._listening):
+            poll.unregister(eventfd)
+
     def _run(self) -> None:
-        quiet, listening = select.poll(), select.poll()
-        quiet.register(self._wake, select.POLLIN)
-        listening.register(self._wake, select.POLLIN)
-        listening.register(self.doorbell, select.POLLIN)
         while not self._closing:
             with self.lock if hooks.guarded("report-before-data") else contextlib.nullcontext():
                 delay = self._step(time.monotonic())
-                poll = listening if self.listening else quiet
+                poll = self._listening if self.listening else self._quiet
             ready = poll.poll(None if delay is None else delay * 1000)
             if not ready:
                 hooks.reach("device.due")
             if (self.doorbell, select.POLLIN) in ready:
                 hooks.reach("device.rung")
+            if not self._watched.keys().isdisjoint(fd for fd, _ in ready):
+                self._call_watchers([fd for fd, _ in ready])
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
+
+    def _call_watchers(self, ready: Sequence[int]) -> None:
+        with self.lock:
+            for fd in ready:
+                if action := self._watched.get(fd):
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(fd)
+                    action()

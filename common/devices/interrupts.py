@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
+from common.devices.engine import Engine
 from common.devices.pci import MSIX_PBA
 from common.vfio.feature import Buffer
 from common.vfio_user.description import IrqFlags, IrqInfo
@@ -30,15 +31,17 @@ _MASKED = (1).to_bytes(4, "little")  # vector control after reset
 class Intx:
     """The pin of a device; `asserted` tells whether the device has a reason to assert it, and is allowed to.
 
-    Any thread may call `update`, when the answer may have changed.
+    Any thread may call `update`, when the answer may have changed. The VMM unmasks by request, or by an eventfd.
     """
 
     info = IrqInfo(INTX_INDEX, _EVENTFD | _MASKABLE | _AUTOMASKED, 1)
 
-    def __init__(self, asserted: Callable[[], bool]) -> None:
+    def __init__(self, asserted: Callable[[], bool], engine: Engine) -> None:
         self._asserted = asserted
+        self._engine = engine
         self._lock = threading.Lock()
         self._eventfd: int | None = None
+        self._unmask_eventfd: int | None = None
         self._masked = False
 
     def update(self) -> None:
@@ -48,37 +51,56 @@ class Intx:
                 self._masked = True
                 os.eventfd_write(self._eventfd, 1)
 
-    def set_irqs(self, flags: IrqFlags, count: int, data: Buffer, fds: Sequence[int]) -> None:
-        """Assign the eventfd, take it away, trigger by hand, mask or unmask (kernel: VFIO_DEVICE_SET_IRQS).
-
-        OSError: EINVAL (a descriptor that is no eventfd), ENOTTY (an eventfd that masks or unmasks: we have none).
-        """
-        if flags & IrqFlags.DATA_EVENTFD:
-            if not flags & IrqFlags.ACTION_TRIGGER:
-                raise OSError(errno.ENOTTY, f"SET_IRQS flags 0x{flags:x}: no eventfd masks or unmasks INTx")
-            self._assign(fds)
-        elif not count:
-            self._assign(())
-        elif flags & IrqFlags.DATA_NONE or data[0]:
-            with self._lock:
-                if flags & IrqFlags.ACTION_TRIGGER:
-                    if self._eventfd is not None:
-                        os.eventfd_write(self._eventfd, 1)
-                else:
-                    self._masked = bool(flags & IrqFlags.ACTION_MASK)
+    def unmask(self) -> None:
+        """Unmask the pin."""
+        self._masked = False
         self.update()
 
+    def set_irqs(self, flags: IrqFlags, count: int, data: Buffer, fds: Sequence[int]) -> None:
+        """Assign eventfds, take them away, trigger by hand, mask or unmask (kernel: VFIO_DEVICE_SET_IRQS).
+
+        The caller holds the engine's lock. OSError: EINVAL (a descriptor that is no eventfd), ENOTTY (an eventfd that
+        masks, which the kernel does not have either).
+        """
+        if flags & IrqFlags.DATA_EVENTFD:
+            if flags & IrqFlags.ACTION_MASK:
+                raise OSError(errno.ENOTTY, "no eventfd masks INTx")
+            if flags & IrqFlags.ACTION_UNMASK:
+                self._assign_unmask(fds)
+            else:
+                self._assign(fds)
+        elif not count:
+            self._assign(())
+            self._assign_unmask(())
+        elif flags & IrqFlags.DATA_NONE or data[0]:
+            if flags & IrqFlags.ACTION_MASK:
+                self._masked = True
+            elif flags & IrqFlags.ACTION_UNMASK:
+                self.unmask()
+            elif self._eventfd is not None:
+                os.eventfd_write(self._eventfd, 1)
+
     def close(self) -> None:
-        """Close the eventfd."""
+        """Close the eventfds."""
         self._assign(())
+        self._assign_unmask(())
 
     def _assign(self, fds: Sequence[int]) -> None:
         copies = _duplicates(fds)
         with self._lock:
             old, self._eventfd = self._eventfd, copies[0] if copies else None
-            self._masked = False
         if old is not None:
             os.close(old)
+        self.unmask()
+
+    def _assign_unmask(self, fds: Sequence[int]) -> None:
+        copies = _duplicates(fds)
+        if self._unmask_eventfd is not None:
+            self._engine.unwatch(self._unmask_eventfd)
+            os.close(self._unmask_eventfd)
+        self._unmask_eventfd = copies[0] if copies else None
+        if self._unmask_eventfd is not None:
+            self._engine.watch(self._unmask_eventfd, self.unmask)
 
 
 class Msix:

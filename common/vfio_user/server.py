@@ -389,8 +389,11 @@ class VfioUserServer:
 def listen(path: Path) -> socket.socket:
     """Return a socket that listens at `path`, which is there only when clients can connect.
 
-    A client that sees a socket before it listens is refused, so the socket is made under another name and renamed.
+    A client that sees a socket before it listens is refused, so the socket is made under another name and renamed. What
+    a server that has died has left there is replaced; OSError (EADDRINUSE) if one listens, or if it is no socket.
     """
+    if path.exists() and (not path.is_socket() or _listens(path)):
+        raise OSError(errno.EADDRINUSE, "there is a server already, or something that is no socket")
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -403,3 +406,13 @@ def listen(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _listens(path: Path) -> bool:
+    # To ask by connecting would be the client that a server has waited for; one of another type it never sees.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
+        return True

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Captured conversations are read as in the tests of the protocol.
+sys.path.insert(0, str(Path(__file__).parent.parent / "vfio_user"))
+
 from device_rig import Memory, Rig
 
 

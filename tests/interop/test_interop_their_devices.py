@@ -5,7 +5,6 @@ SWITCHOVER_LIBVFIO_USER names the directory of its built samples.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,8 @@ DELAY_S = 8
 CYCLE_S = DELAY_S + 5
 
 
-@pytest.fixture
-def server() -> Path:
-    """Their server."""
-    directory = os.environ.get("SWITCHOVER_LIBVFIO_USER")
-    if not directory:
-        pytest.skip("set SWITCHOVER_LIBVFIO_USER to the directory of libvfio-user's built samples")
-    path = Path(directory) / "server"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return path
-
-
-def test_their_sample_moves_and_comes_back(rig: Rig, server: Path) -> None:
-    starts = f"command = '{server} {{socket}}'"
+def test_their_sample_moves_and_comes_back(rig: Rig, sample_server: Path) -> None:
+    starts = f"command = '{sample_server} {{socket}}'"
     guest = f'[[guest]]\nprogram = "clock"\n[[guest]]\nprogram = "driver"\ndevice = "far0"\ndelay_s = {DELAY_S}\n'
     device = f'[[device]]\nname = "far0"\nkind = "sample"\n{starts}\ncompare_bars = [1]\n'
     here = rig.start("host", machine_toml(guest=guest) + device)

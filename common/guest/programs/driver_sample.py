@@ -91,6 +91,8 @@ class SampleDriver(Program[SampleState]):
             state.interrupts += 1
             state.spurious += bool(state.interrupted_ns)
             state.interrupted_ns = state.interrupted_ns or moment.run_ns
+            # Ours asserts its pin until the register is accessed: unmasked before that, it would interrupt again.
+            self._device.read(sample.TIMER, 8)
             self._device.unmask()
         if state.interrupted_ns:
             self._look_for_dma(moment)
