@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
 
-.PHONY: help demo test test-matrix check proto proto-fresh wheel bench clean
+.PHONY: help demo test test-matrix check proto proto-fresh mutation wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-matrix  run the long journeys and scenarios'
 	@echo 'make check   format, lint, types, proto freshness and lint, wheel in a clean environment'
 	@echo 'make bench   measure (benchmarks/)'
+	@echo 'make mutation  change the pure modules of dirty tracking and the verifier, and see which tests notice'
 	@echo 'make proto   regenerate proto/switchover/v1'
 
 $(BIN)/python:
@@ -57,8 +58,13 @@ wheel: $(VENV)/.installed-dev
 	rm -rf dist && $(BIN)/python -m build --quiet --wheel --outdir dist .
 	tests/wheel.sh dist/*.whl $(PYTHON)
 
+# What survives, and why: docs/dirty-tracking.md. A mutant may loop and take memory, hence the limit.
+mutation: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,mutation]'
+	ulimit -d 4194304; nice $(BIN)/mutmut run; $(BIN)/mutmut results
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants

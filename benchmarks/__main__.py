@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import cost, tracking
+from benchmarks import cost, tracking, vfio_user
 
 BENCHMARKS: dict[str, Callable[[int], None]] = {
     "idle": cost.idle,
@@ -16,6 +16,9 @@ BENCHMARKS: dict[str, Callable[[int], None]] = {
     "large": tracking.large,
     "mappings": tracking.mappings,
     "strategies": tracking.strategies,
+    "device-state": vfio_user.device_state,
+    "round-trips": vfio_user.round_trips,
+    "report": vfio_user.report,
 }
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks")

@@ -439,6 +439,57 @@ def demo(
     return run(verify=verify.name, ram=int(ram) if ram else None, as_json=as_json)
 
 
+class Side(StrEnum):
+    """Which side of a transcript is played."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+Transcript = Annotated[Path, typer.Argument(metavar="FILE", help="The transcript: a message a line.")]
+
+
+@app.command()
+def capture(
+    file: Transcript,
+    *,
+    listen: Annotated[Path, typer.Option(metavar="PATH", help="The socket to make for a vfio-user client.")],
+    connect: Annotated[Path, typer.Option(metavar="PATH", help="The socket of the vfio-user server.")],
+    as_json: AsJson = False,
+) -> None:
+    """Record what a vfio-user client and a server say to each other, until either goes, or Ctrl-C."""
+    from console.transcript import capture as run
+
+    run(listen, connect, file, as_json=as_json)
+
+
+@app.command()
+def replay(
+    file: Transcript,
+    *,
+    side: Annotated[Side, typer.Option("--as", help="Which side to play.")],
+    connect: Annotated[Path | None, typer.Option(metavar="PATH", help="As client: the server's socket.")] = None,
+    listen: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="As server: the socket to make for a client.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(parser=_positive(parse_duration), metavar="DURATION", help="Longest wait for a reply.")
+    ] = "10s",  # type: ignore[assignment]  # as --max-downtime
+    data: Annotated[
+        bool, typer.Option("--data", help="Count differences in what regions, states and bitmaps contain, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Play one side of a recorded vfio-user conversation, and tell where the other departs from it."""
+    from console.transcript import replay as run
+
+    match side, connect, listen:
+        case (Side.CLIENT, Path() as path, None) | (Side.SERVER, None, Path() as path):
+            return run(side.value, file, path, timeout, data=data, as_json=as_json)
+        case _:
+            raise typer.BadParameter("--as client needs --connect, --as server needs --listen, and not the other")
+
+
 def _print_json(document: Mapping[str, Any]) -> None:
     print(json.dumps(document, indent=2))
 

@@ -114,6 +114,27 @@ class Account:
         ram.pages += stats.pages
         ram.zero_pages += stats.zero_pages
 
+    def look(
+        self, number: int, stats: LaneStats, *, dirty_pages: int, device_bytes: int, initial_data_loaded: bool
+    ) -> RoundFacts:
+        """Return what is known at the end of a round, and remember it."""
+        elapsed = self.elapsed()
+        since = self.facts[-1].elapsed_s if self.facts else self.precopy_began
+        dirty_bytes = dirty_pages * PAGE_SIZE
+        facts = RoundFacts(
+            number=number,
+            elapsed_s=elapsed,
+            sent_bytes=stats.page_bytes,
+            dirty_bytes=dirty_bytes,
+            dirty_rate=dirty_bytes / (elapsed - since),
+            device_bytes=device_bytes,
+            bandwidth=self.meter.bandwidth,
+            initial_data_loaded=initial_data_loaded,
+            throttle_percent=self.throttle_percent,
+        )
+        self.facts.append(facts)
+        return facts
+
     def round_decided(self, facts: RoundFacts, stats: LaneStats, decision: Decision) -> None:
         """Note how a round ended and what follows."""
         began = self.facts[-2].elapsed_s if len(self.facts) > 1 else self.precopy_began

@@ -1,4 +1,4 @@
-"""The difference between two hosts' monotonic clocks, which count from different moments."""
+"""Two hosts' clocks: the difference between them, and how long the guest's own stood still."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ClockOffset", "measure"]
+import grpc
+from switchover.v1 import migration_pb2, migration_pb2_grpc
+
+__all__ = ["ClockOffset", "guest_gap_ms", "measure"]
 
 ROUND_TRIPS = 20
+GUEST_GAP_SECONDS = 1.0
+WAIT_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class ClockOffset:
-    """The other clock minus ours, in nanoseconds; it is off by at most `error_ns`."""
+    """The other monotonic clock minus ours, in nanoseconds, for they count from different moments.
+
+    It is off by at most `error_ns`.
+    """
 
     offset_ns: int
     error_ns: int
@@ -31,3 +39,18 @@ def measure(read_other_clock: Callable[[], int], round_trips: int = ROUND_TRIPS)
             best = sample
     assert best is not None
     return best
+
+
+def guest_gap_ms(stub: migration_pb2_grpc.MigrationServiceStub, session_id: str) -> float:
+    """Ask what the guest's clock program has measured; -1 if that cannot be learned, which changes nothing else."""
+    deadline = time.monotonic() + GUEST_GAP_SECONDS
+    request = migration_pb2.GetSessionRequest(session_id=session_id)
+    while time.monotonic() < deadline:
+        try:
+            session = stub.GetSession(request, timeout=GUEST_GAP_SECONDS)
+        except grpc.RpcError:
+            break
+        if session.HasField("guest_gap_us"):
+            return session.guest_gap_us / 1000
+        time.sleep(WAIT_SECONDS)
+    return -1.0

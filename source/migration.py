@@ -7,7 +7,6 @@ happened. What is behind COMMIT cannot, and only the destination's word leads pa
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from functools import partial
 
 import grpc
 import numpy as np
-import numpy.typing as npt
 import structlog
 from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
 
@@ -26,25 +24,23 @@ from common.host.host import Host
 from common.ipc.channel import ClosedError, RequestError
 from common.machine.attachments import without_attachments
 from common.machine.config import to_json
-from common.machine.device import Digest
 from common.machine.record import Ownership
 from common.memory import bitmap, runs
 from common.memory.bitmap import Words
-from common.memory.digest import DigestWorkers
-from common.memory.layout import PAGE_SIZE
 from common.rpc.channel import open_bulk_channel, open_channel
-from common.rpc.errors import PeerError, peer_error
-from common.vfio.migration import MigrationFlags
-from source import handover, verdict
+from common.rpc.errors import peer_error
+from source import handover
 from source.account import Account
-from source.clock import measure
-from source.commit import NotStartedError, RevokedError, UndecidedError, commit, wait_until_started
+from source.clock import guest_gap_ms, measure
+from source.commit import RevokedError, commit, wait_until_started
+from source.failures import CancelledError, NotConvergedError, explain
 from source.history import History
-from source.lanes import LaneStats, PageLanes
+from source.lanes import LaneStats
 from source.limiter import Limiter
 from source.policy import Action, Limits, RoundFacts, decide
-from source.state_streams import DeviceStream, MappingStream
+from source.streams import Streams
 from source.verdict import DataLossError
+from source.verifier import Verifier
 
 __all__ = ["PROTOCOL_VERSION", "Migration"]
 
@@ -52,21 +48,12 @@ PROTOCOL_VERSION = 1
 CALL_SECONDS = 20.0
 # Prepare touches all RAM, Finish loads all devices, Verify reads all RAM.
 LONG_CALL_SECONDS, LONG_CALL_SECONDS_PER_GIB = 120.0, 2.0
-GUEST_GAP_SECONDS = 1.0
 WAIT_SECONDS = 0.02
 
 OWNERS = {Ownership.OWNER: "source", Ownership.COMMITTING: "undecided", Ownership.GONE: "destination"}
 
 _log = structlog.get_logger()
 Verify = migration_pb2.VerifyMode
-
-
-class CancelledError(Exception):
-    """The operator has cancelled the migration."""
-
-
-class NotConvergedError(Exception):
-    """A limit was reached before the machine could be switched over within the accepted downtime."""
 
 
 class Migration:
@@ -92,19 +79,18 @@ class Migration:
         self._ended = threading.Event()
         self._ownership = Ownership.OWNER
         self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="migration")
-        self._streams: list[DeviceStream] = []
-        self._lanes: PageLanes | None = None
-        self._mappings: MappingStream | None = None
-        self._digesters: DigestWorkers | None = None
+        self._open_streams: Streams | None = None
+        self._verifier: Verifier | None = None
         self._held = ExitStack()
         self._prepared = False
         self._machine = host.machine.another()
-        self._open_bulk = partial(open_bulk_channel, self._address, host.security.channel)
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
-        self._account = Account(
-            host.events, session_id, request, lambda: [stream.progress() for stream in self._streams]
-        )
+        self._account = Account(host.events, session_id, request, self._device_progress)
+
+    def _device_progress(self) -> list[host_pb2.DeviceProgress]:
+        streams = self._open_streams
+        return [stream.progress() for stream in streams.devices] if streams is not None else []
 
     def cancel(self) -> None:
         """End the migration; without effect once COMMIT may have been sent."""
@@ -115,9 +101,8 @@ class Migration:
     def _interrupt(self, failure: Exception) -> None:
         """Let whoever sends or waits for the destination fail."""
         self._limiter.lift()
-        for stream in (*self._streams, self._mappings, self._lanes):
-            if stream is not None:
-                stream.interrupt(failure)
+        if self._open_streams is not None:
+            self._open_streams.interrupt(failure)
 
     def abandon(self) -> None:
         """Do not wait any longer for a destination that does not answer: this daemon ends."""
@@ -151,7 +136,7 @@ class Migration:
         devices = machine.devices()
         self._account.moves(spec.uuid or "", self._ram.size, devices)
         if self._request.verify != Verify.VERIFY_MODE_OFF:
-            self._digesters = DigestWorkers(self._ram)
+            self._verifier = Verifier(self._ram, machine, self._pool)
         record = self._host.record()
         assert record is not None
         self._incarnation = record.incarnation + 1
@@ -175,23 +160,25 @@ class Migration:
         self._check()
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()
-        self._lanes = PageLanes(
-            self._open_bulk,
+        self._open_streams = Streams(
+            self._stub,
+            partial(open_bulk_channel, self._address, self._host.security.channel),
             self.session_id,
+            self._request,
+            machine,
             self._ram,
-            self._request.lanes,
+            devices,
+            {device.name: device.migration_flags for device in prepared.devices},
             self._limiter,
-            compress=self._request.compress,
-            on_applied=self._account.meter.applied,
+            self._account.meter.applied,
         )
-        self._mappings = MappingStream(self._stub, self.session_id)
-        self._mappings.send(machine.mapping_changes())
-        peers = {device.name: device.migration_flags for device in prepared.devices}
-        for device in devices:
-            loads_ahead = device.has_precopy and bool(peers[device.name] & MigrationFlags.PRE_COPY)
-            self._streams.append(
-                DeviceStream(self._open_bulk, self.session_id, device, machine.another(), self._limiter, loads_ahead)
-            )
+        self._check()
+        self._send_mappings()
+
+    @property
+    def _streams(self) -> Streams:
+        assert self._open_streams is not None
+        return self._open_streams
 
     # precopy: round 0 sends all of RAM, each later one what was dirtied meanwhile; devices send what they can.
 
@@ -221,7 +208,7 @@ class Migration:
         self._account.phase("precopy")
         hooks.reach("source.precopy")
         self._account.precopy_begins()
-        for stream in self._streams:
+        for stream in self._streams.devices:
             stream.start()
         # Whatever was sent to whom before: of what is in RAM, this destination has nothing.
         unsent = hooks.guarded("second-hop") and hooks.guarded("failed-then-retry")
@@ -249,16 +236,14 @@ class Migration:
 
     def _send_round(self, number: int, pages: runs.Runs) -> LaneStats:
         hooks.reach(f"source.round{number}")
-        assert self._lanes is not None
         self._account.round_begins(number, runs.total(pages))
         began = time.monotonic()
-        stats = self._lanes.send(pages, self._ram.data_runs(pages), number)
+        stats = self._streams.lanes.send(pages, self._ram.data_runs(pages), number)
         self._account.round_sent(stats, time.monotonic() - began)
         return stats
 
     def _send_mappings(self) -> None:
-        assert self._mappings is not None
-        self._mappings.send(self._machine.mapping_changes())
+        self._streams.mappings.send(self._machine.mapping_changes())
 
     def _sync(self, number: int) -> Words:
         """Collect what was dirtied, and remember who said so."""
@@ -270,25 +255,16 @@ class Migration:
         return report.union()
 
     def _look(self, number: int, stats: LaneStats) -> RoundFacts:
-        account = self._account
         # Its operator may have paused or resumed it.
         self._running = self._machine.running()
-        elapsed = account.elapsed()
-        since = account.facts[-1].elapsed_s if account.facts else account.precopy_began
-        dirty_bytes = bitmap.count(self._dirty) * PAGE_SIZE
-        facts = RoundFacts(
-            number=number,
-            elapsed_s=elapsed,
-            sent_bytes=stats.page_bytes,
-            dirty_bytes=dirty_bytes,
-            dirty_rate=dirty_bytes / (elapsed - since),
-            device_bytes=sum(stream.remaining() for stream in self._streams),
-            bandwidth=account.meter.bandwidth,
-            initial_data_loaded=not self._running or all(stream.initial_data_loaded for stream in self._streams),
-            throttle_percent=account.throttle_percent,
+        devices = self._streams.devices
+        return self._account.look(
+            number,
+            stats,
+            dirty_pages=bitmap.count(self._dirty),
+            device_bytes=sum(stream.remaining() for stream in devices),
+            initial_data_loaded=not self._running or all(stream.initial_data_loaded for stream in devices),
         )
-        account.facts.append(facts)
-        return facts
 
     # switchover: the machine stands still, and all that is left of it goes over.
 
@@ -298,7 +274,7 @@ class Migration:
             self._clock = measure(
                 lambda: self._stub.ReadClock(migration_pb2.ReadClockRequest(), timeout=CALL_SECONDS).monotonic_ns
             )
-        for stream in self._streams:
+        for stream in self._streams.devices:
             stream.end_precopy()
         self._account.phase("switchover")
         hooks.reach("source.switchover")
@@ -309,9 +285,9 @@ class Migration:
         with self._account.downtime("quiesce"):
             self._machine.quiesce()
         hooks.reach("source.stopped")
-        last_bytes = [self._pool.submit(stream.stop_copy) for stream in self._streams]
-        if self._request.verify == Verify.VERIFY_MODE_STRICT:
-            self._start_reading()
+        last_bytes = [self._pool.submit(stream.stop_copy) for stream in self._streams.devices]
+        if self._verifier is not None and self._request.verify == Verify.VERIFY_MODE_STRICT:
+            self._verifier.start_reading()
         number = len(self._account.facts)
         with self._account.downtime("last_sync"):
             last = self._sync(number - 1) | (self._dirty if hooks.guarded("missed-dirty") else np.uint64(0))
@@ -324,71 +300,24 @@ class Migration:
                 sent.result()
             self._send_mappings()
             self._finish()
-        if self._request.verify == Verify.VERIFY_MODE_STRICT:
+        if self._verifier is not None and self._request.verify == Verify.VERIFY_MODE_STRICT:
             with self._account.downtime("verification"):
-                self._compare()
+                self._compare(self._verifier)
 
     def _finish(self) -> None:
-        assert self._lanes is not None
-        assert self._mappings is not None
         rest = self._machine.rest()
-        self._account.moved(self._streams, rest.devices)
+        self._account.moved(self._streams.devices, rest.devices)
         # The guest's clock goes on where it stopped, on a host whose own clock counts from another moment.
         rest.vcpu["clock_offset_ns"] -= self._clock.offset_ns
-        last_record = {stream.device.name: stream.sequence for stream in self._streams}
+        request = self._streams.finish_request(self.session_id, rest, paused=not self._running)
         with self._calling():
-            self._stub.Finish(
-                migration_pb2.FinishRequest(
-                    session_id=self.session_id,
-                    vcpu_json=json.dumps(rest.vcpu),
-                    devices=[
-                        migration_pb2.DeviceConfig(
-                            name=device.name,
-                            record_sequence=last_record[device.name],
-                            config_space=device.config_space,
-                            pending_vectors=device.pending.vectors,
-                            pending_doorbells=device.pending.doorbells,
-                        )
-                        for device in rest.devices
-                    ],
-                    paused=not self._running,
-                    lane_sequences=self._lanes.sequences,
-                    mapping_sequence=self._mappings.sequence,
-                ),
-                timeout=self._long_call_s,
-            )
+            self._stub.Finish(request, timeout=self._long_call_s)
 
-    # verification: all of the stopped RAM is read, whatever any log has said of it.
-
-    def _start_reading(self) -> None:
-        assert self._digesters is not None
-        self._reading = self._pool.submit(self._digesters.chunks)
-
-    def _compare(self) -> None:
-        assert self._digesters is not None
-        names = [stream.device.name for stream in self._streams]
-        digests = self._pool.map(self._digest, names)
-        devices = [verdict.device_digest(name, digest) for name, digest in zip(names, digests, strict=True)]
-        self._digests: npt.NDArray[np.uint64] = self._reading.result()
+    def _compare(self, verifier: Verifier) -> None:
+        request = verifier.read(self.session_id, [stream.device.name for stream in self._streams.devices])
         with self._calling():
-            response = self._stub.Verify(
-                migration_pb2.VerifyRequest(
-                    session_id=self.session_id, chunk_digests=self._digests.tobytes(), devices=devices
-                ),
-                timeout=self._long_call_s,
-            )
-        result = self._account.result
-        verdict.judge_memory(
-            response.mismatches, self._digesters.pages, self._ram.layout, self._history, self._machine.explain, result
-        )
-        verdict.judge_devices(response, result)
-
-    def _digest(self, name: str) -> Digest:
-        machine = self._machine.another()
-        try:
-            return machine.digest(name)
-        finally:
-            machine.close()
+            response = self._stub.Verify(request, timeout=self._long_call_s)
+        verifier.judge(response, self._history, self._account.result)
 
     # handover: the record first, then COMMIT, and from then on only the destination's word counts.
 
@@ -424,34 +353,20 @@ class Migration:
     # done: the verdict, then the machine's copy here is let go.
 
     def _after(self) -> None:
-        if self._request.verify == Verify.VERIFY_MODE_DEFERRED:
-            self._start_reading()
-            self._compare()
-        if self._digesters is not None:
-            verdict.check_unchanged(self._digests, self._digesters.chunks(), self._machine.late_writes)
-        assert self._mappings is not None
+        if self._verifier is not None:
+            if self._request.verify == Verify.VERIFY_MODE_DEFERRED:
+                self._verifier.start_reading()
+                self._compare(self._verifier)
+            self._verifier.check_unchanged()
         result = self._account.result
-        result.mappings = self._mappings.mappings
-        result.guest_gap_ms = self._guest_gap_ms()
+        result.mappings = self._streams.mappings.mappings
+        if self._running:
+            result.guest_gap_ms = guest_gap_ms(self._stub, self.session_id)
         result.guest_gap_error_ms = self._clock.error_ns / 1e6
         result.result = "completed"
         self._close_streams(abort=False)
         self._host.release(Ownership.RELEASED)
         self._account.phase("done")
-
-    def _guest_gap_ms(self) -> float:
-        """Ask what the guest has measured; -1 if that cannot be learned, which changes nothing of what was moved."""
-        deadline = time.monotonic() + GUEST_GAP_SECONDS
-        request = migration_pb2.GetSessionRequest(session_id=self.session_id)
-        while self._running and time.monotonic() < deadline:
-            try:
-                session = self._stub.GetSession(request, timeout=GUEST_GAP_SECONDS)
-            except grpc.RpcError:
-                break
-            if session.HasField("guest_gap_us"):
-                return session.guest_gap_us / 1000
-            time.sleep(WAIT_SECONDS)
-        return -1.0
 
     # When it does not go well.
 
@@ -466,7 +381,7 @@ class Migration:
             result.verified = "false"
         result.total_ms = result.total_ms or self._account.elapsed() * 1000
         result.ram.transferred_bytes = max(result.ram.transferred_bytes, self._account.meter.total_bytes)
-        result.reason, result.error = _explain(error, self._address)
+        result.reason, result.error = explain(error, self._address)
         if result.reason == "INTERNAL":
             _log.error("migration failed", session=self.session_id, exc_info=error)
         if before_commit:
@@ -479,8 +394,8 @@ class Migration:
         self._account.phase("abort")
         # The guest first: without COMMIT the destination cannot start the machine, so nothing has to be waited for.
         self._interrupt(ConnectionError(why))
-        for stream in self._streams:
-            stream.stop_reading()
+        if self._open_streams is not None:
+            self._open_streams.stop_reading()
         try:
             self._machine.end()
         except (ClosedError, RequestError) as error:
@@ -504,18 +419,14 @@ class Migration:
             self._account.say(f"the machine is paused at {self._address}; its copy here is kept")
 
     def _close_streams(self, *, abort: bool) -> None:
-        for stream in self._streams:
-            stream.close(abort=abort)
-        if self._mappings is not None:
-            self._mappings.close(abort=abort)
-        if self._lanes is not None:
-            self._lanes.close(abort=abort)
-        self._streams, self._mappings, self._lanes = [], None, None
+        streams, self._open_streams = self._open_streams, None
+        if streams is not None:
+            streams.close(abort=abort)
 
     def _close(self) -> None:
         self._close_streams(abort=True)
-        if self._digesters is not None:
-            self._digesters.close()
+        if self._verifier is not None:
+            self._verifier.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._held.close()
         self._channel.close()
@@ -535,29 +446,3 @@ class Migration:
             yield
         except grpc.RpcError as error:
             raise peer_error(error) from error
-
-
-def _explain(error: Exception, destination: str) -> tuple[str, str]:
-    """Return the reason, for programs, and the sentence, for people, of a failure."""
-    match error:
-        case CancelledError():
-            return "CANCELLED", str(error)
-        case NotConvergedError():
-            return "NOT_CONVERGED", str(error)
-        case DataLossError():
-            return "DATA_LOSS", str(error)
-        case RevokedError():
-            return "REVOKED", str(error)
-        case NotStartedError():
-            return "NOT_STARTED", str(error)
-        case UndecidedError():
-            return "UNDECIDED", str(error)
-        case PeerError():
-            return error.reason, f"{destination}: {error}"
-        case RequestError():
-            return error.reason, str(error)
-        case ClosedError():
-            return "MACHINE_GONE", "the machine process has ended"
-        case OSError():
-            return "IO", str(error)
-    return "INTERNAL", f"{type(error).__name__}: {error}"

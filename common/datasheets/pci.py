@@ -1,4 +1,4 @@
-"""What all our devices have in common as PCI functions.
+"""What our devices with a ring have in common as PCI functions.
 
 BAR 0 holds registers (trapped), BAR 2 device memory where a device has some (trapped), BAR 4 the MSI-X table. Registers
 are little-endian, 4 or 8 bytes wide, naturally aligned. The doorbell is an ioeventfd in BAR 0: writing it carries no
@@ -23,10 +23,12 @@ RING_BASE = 0x10  # u64: IOVA of the ring; takes effect when CONTROL_ENABLE is s
 RING_ENTRIES = 0x18  # u32: a power of two
 HEAD = 0x1C  # u32, read-only: free-running count of ring entries that the device has finished
 FAULTS = 0x20  # u32, read-only: DMA accesses that were refused
+INTERRUPT = 0x24  # u32: INTERRUPT_*, why INTx is asserted; a 1 that is written clears the bit. Unused with MSI-X
 
 STATUS_ENABLED = 1 << 0
 STATUS_FAULT = 1 << 1
 CONTROL_ENABLE = 1 << 0
+INTERRUPT_RING = 1 << 0  # ring entries were finished
 
 # A ring starts with 64 bytes of which the first 4 are its tail (u32, free-running: entries posted by the driver); the
 # entries follow. Entry n lies at RING_BASE + RING_HEADER + (n % entries) * entry size.
@@ -36,4 +38,4 @@ CONTROL_ENABLE = 1 << 0
 # CONTROL_ENABLE must then be cleared and set again.
 # An entry's `done` or `status` is written last, after the rest of it and after HEAD; the interrupt follows.
 RING_HEADER = 64
-VECTOR = 0  # the MSI-X vector that all our devices signal when they have finished ring entries
+VECTOR = 0  # the MSI-X vector that devices with a ring signal when they have finished entries; without MSI-X: INTx

@@ -23,7 +23,7 @@ from common.vfio_user.server import VfioUserServer, listen
 
 __all__ = ["KINDS", "build", "main"]
 
-KINDS = ("accelerator", "nic", "nvme")
+KINDS = ("accelerator", "nic", "nvme", "sample")
 _SWITCH_INTERVAL = 0.0005  # seconds: a command must not wait for the engine's turn of the interpreter (default: 0.005)
 
 
@@ -42,6 +42,10 @@ def build(kind: str, name: str, knobs: dict[str, Any]) -> EmulatedDevice:
         from common.devices.nvme import Nvme, NvmeKnobs
 
         return Nvme(name, parse(NvmeKnobs, knobs))
+    if kind == "sample":
+        from common.devices.sample import Sample, SampleKnobs
+
+        return Sample(name, parse(SampleKnobs, knobs))
     raise ValueError(f'no such kind of device: "{kind}" (there are {", ".join(KINDS)})')
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from common.datasheets import accelerator, pattern
-from common.devices.base import EmulatedDevice, Entry
 from common.devices.dma import DmaFault
 from common.devices.knobs import Knobs
+from common.devices.ring_device import Entry, RingDevice
 from common.devices.stream import DeviceMemory
 from common.vfio.feature import Buffer
 from common.vfio.migration import MigrationFlags
@@ -41,7 +41,7 @@ class AcceleratorKnobs(Knobs):
             raise ValueError(f"churn {self.churn} is more than 1e10 bytes per second")
 
 
-class Accelerator(EmulatedDevice):
+class Accelerator(RingDevice):
     """The device."""
 
     ENTRY = accelerator.ENTRY
@@ -64,7 +64,7 @@ class Accelerator(EmulatedDevice):
         self._churn = knobs.churn / accelerator.CELL  # moves per second
         self._due = 0.0  # moves
         self._counted = 0.0  # when that was so
-        self.reset_kind()
+        self.reset_work()
 
     def allowance(self, posted: int, now: float) -> tuple[int, float]:  # noqa: ARG002 - there is always time for jobs
         """Let all jobs run."""
@@ -101,7 +101,7 @@ class Accelerator(EmulatedDevice):
         if offset < self._half:
             self.memory.write(offset, memoryview(data)[: self._half - offset])
 
-    def reset_kind(self) -> None:
+    def reset_work(self) -> None:
         """Clear the driver's half, and put every cell at step 0."""
         self.memory.bytes[: self._half] = 0
         for cell in range(self._cells):

@@ -1,4 +1,4 @@
-"""What our devices have in common: regions, interrupts, DMA, a ring, an engine, migration.
+"""What our devices have in common: regions, interrupts, DMA, an engine, migration.
 
 Two locks, in this order:
 
@@ -11,28 +11,21 @@ Two locks, in this order:
 
 from __future__ import annotations
 
-import struct
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any, ClassVar
 
 import numpy as np
 
 from common import hooks
-from common.datasheets import pci
-from common.devices.dma import DmaFault, DmaPort, DmaStalled
+from common.devices.dma import DmaPort
 from common.devices.engine import Engine
-from common.devices.interrupts import MSIX_INDEX, Msix
+from common.devices.interrupts import INTX_INDEX, MSIX_INDEX, Intx, Msix
 from common.devices.knobs import Knobs, OneTimeFaults
 from common.devices.mappings import PAGE_SIZE, Mappings
 from common.devices.migration import P2P_STATES, Migration
-from common.devices.pci import CONFIG_SIZE, Bar, ConfigSpace
-from common.devices.registers import RegisterBlock
-from common.devices.ring import Ring
-from common.devices.stream import DeviceMemory
+from common.devices.pci import CONFIG_SIZE, ConfigSpace
+from common.devices.stream import StateFormat
 from common.memory.write_journal import WriteJournal
 from common.vfio.dirty_log import DirtyLog
 from common.vfio.feature import Buffer, PrecopyInfo, Range
@@ -42,77 +35,42 @@ from common.vfio_user.codec import DMA_READABLE, DMA_WRITABLE
 from common.vfio_user.description import IoEventFd, IrqFlags, IrqInfo, RegionFlags, RegionInfo
 from common.vfio_user.server import MessageDma
 
-__all__ = ["EmulatedDevice", "Entry"]
+__all__ = ["ALL_IOVAS", "EmulatedDevice"]
 
-Entry = tuple[Any, ...]
+ALL_IOVAS = Range(0, (1 << 64) - PAGE_SIZE)  # the last page would not fit into 64 bits
 
 _CONFIG_REGION = 7  # kernel: VFIO_PCI_CONFIG_REGION_INDEX
 _REGIONS = 9
 _IRQS = 5
-_VECTORS = 1
-_REGISTER_BYTES = 0x100  # of BAR 0 that hold registers
-_IRQ_EVENTFD = 1
-_IDENTITY = struct.Struct("<IIQ")  # the device's magic, version of its state's layout, geometry
-_BATCH = 64  # entries that are fetched in one step
-_STEP_SECONDS = 0.001
-_MASK_ALL = (1 << 64) - 1
-_ALL_IOVAS = Range(0, (1 << 64) - PAGE_SIZE)  # the last page would not fit into 64 bits
 
 
 class EmulatedDevice(ABC):
-    """A device behind a vfio-user server; a kind says what its registers are and what it does with ring entries."""
-
-    ENTRY: ClassVar[np.dtype[np.void]]
-    COMPLETION: ClassVar[str] = "status"
-    CONTROL_MASK: ClassVar[int] = pci.CONTROL_ENABLE
-    STATE_VERSION: ClassVar[int] = 1
+    """A device behind a vfio-user server; a kind says what its BARs are, what it does, and what its state is."""
 
     def __init__(
-        self, name: str, knobs: Knobs, *, magic: int, device_id: int, class_code: int, geometry: int, memory: int = 0
+        self, name: str, knobs: Knobs, config: ConfigSpace, bars: Mapping[int, int], state_format: StateFormat
     ) -> None:
-        """Build a device in RUNNING that has not begun to work.
-
-        `geometry` says what else must be equal in a device that takes its state; `memory` in bytes, a power of two.
-        """
-        if not hooks.guarded("device-precopy"):
-            # A device of the same kind that can do less than the one at the other host.
-            knobs = replace(knobs, migration_flags=int(knobs.flags & ~MigrationFlags.PRE_COPY))
+        """Build a device in RUNNING that has not begun to work; `bars`: their sizes in bytes."""
         self.name = name
-        self.memory = DeviceMemory(memory) if memory else None
-        self.registers = RegisterBlock(_REGISTER_BYTES)
-        self.registers.define_constant(pci.ID, 4, magic)
-        self.registers.define(pci.STATUS, 4)
-        self.registers.define(pci.CONTROL, 4, mask=self.CONTROL_MASK)
-        self.registers.define(pci.RING_BASE, 8, mask=_MASK_ALL)
-        self.registers.define(pci.RING_ENTRIES, 4, mask=0xFFFF_FFFF)
-        self.registers.define(pci.HEAD, 4)
-        self.registers.define(pci.FAULTS, 4)
-        bars = {pci.REGISTERS_BAR: Bar(pci.REGISTERS_SIZE), pci.MSIX_BAR: Bar(pci.MSIX_BAR_SIZE)}
-        if memory:
-            bars[pci.MEMORY_BAR] = Bar(memory, wide=True)
-        sizes = {index: bar.size for index, bar in bars.items()} | {_CONFIG_REGION: CONFIG_SIZE}
+        sizes = {**bars, _CONFIG_REGION: CONFIG_SIZE}
         both, nothing = RegionFlags.READ | RegionFlags.WRITE, RegionFlags(0)
         self.regions: Sequence[RegionInfo] = [
             RegionInfo(index, both if index in sizes else nothing, sizes.get(index, 0)) for index in range(_REGIONS)
         ]
-        self.irqs: Sequence[IrqInfo] = [
-            IrqInfo(index, _IRQ_EVENTFD, _VECTORS) if index == MSIX_INDEX else IrqInfo(index) for index in range(_IRQS)
-        ]
-        self._config = ConfigSpace(device_id, class_code, bars, _VECTORS)
-        self._msix = Msix(_VECTORS)
+        self._config = config
+        self._intx = Intx(lambda: self.interrupt_pending() and not config.intx_disabled)
+        self._msix = Msix(config.vectors)
+        infos = {INTX_INDEX: self._intx.info} | ({MSIX_INDEX: self._msix.info} if config.vectors else {})
+        self.irqs: Sequence[IrqInfo] = [infos.get(index, IrqInfo(index)) for index in range(_IRQS)]
         self._mappings = Mappings()
         self._log = DirtyLog(knobs.log_limits)
         self._iommu = DirtyLog()
         self.dma = DmaPort(self._mappings, self._log, self._iommu, f"{name}-dma-written")
         self.dma.logging = "unlogged" not in knobs.faults
         self.dma.journal = WriteJournal() if knobs.trace else None
-        self._ring = Ring(self.registers, self.dma, self.ENTRY, self.COMPLETION)
         self._engine = Engine(name, self._step)
-        self._doorbell_is_shared = False
         self._faults = OneTimeFaults(name, knobs.faults)
-        self._migration = Migration(
-            self, _IDENTITY.pack(magic, self.STATE_VERSION, geometry), self.memory, knobs, self._faults
-        )
+        self._migration = Migration(self, state_format, knobs, self._faults)
         self.migration_flags: MigrationFlags = knobs.flags
         self.dma_logging: bool = knobs.dma_logging
         self.extension = Extension(p2p=bool(knobs.flags & MigrationFlags.P2P), iommu_dirty=True, trace=knobs.trace)
@@ -120,36 +78,32 @@ class EmulatedDevice(ABC):
     # What a kind adds.
 
     @abstractmethod
-    def allowance(self, posted: int, now: float) -> tuple[int, float]:
-        """Return how many of the posted entries may be executed now, and if none, in how many seconds to ask again."""
+    def step(self, now: float) -> float | None:
+        """Work for about a millisecond while the device runs; return in how many seconds again, None: when woken."""
 
     @abstractmethod
-    def execute(self, entry: Entry) -> Entry:
-        """Do what an entry says and return it finished; raise `DmaStalled`, having done nothing, if not now."""
+    def bar_read(self, index: int, offset: int, count: int) -> bytes:
+        """Read from a BAR, within it."""
 
-    def background(self, now: float) -> float | None:  # noqa: ARG002 - for the kinds that have something to do
-        """Do what the device does without being told; return in how many seconds again, or None."""
-        return None
+    @abstractmethod
+    def bar_write(self, index: int, offset: int, data: Buffer) -> None:
+        """Write to a BAR, within it; raise OSError (EINVAL) if registers are not accessed as registers."""
 
-    def save_kind(self) -> bytes:
-        """Return what there is to the state beside registers, ring, table and memory."""
-        return b""
+    @abstractmethod
+    def interrupt_pending(self) -> bool:
+        """Tell whether there is a reason for INTx that the driver has not acknowledged."""
 
-    def check_kind(self, registers: Buffer, state: Buffer) -> None:  # noqa: ARG002 - as above
-        """Raise ValueError if registers and the rest of a state are none of this kind."""
-        if len(state):
-            raise ValueError(f"{len(state)} bytes too many")
+    @abstractmethod
+    def reset_kind(self) -> None:
+        """Return to what the device is after reset. The caller holds the engine's lock."""
 
-    def load_kind(self, state: Buffer) -> None:  # noqa: B027 - most kinds have nothing to add
-        """Become what a checked state says."""
+    @abstractmethod
+    def save_state(self) -> bytes:
+        """Return the state beside device memory. The caller holds the engine's lock."""
 
-    def reset_kind(self) -> None:  # noqa: B027 - as above
-        """Return to what the device is after reset, beside its registers."""
-
-    def fault(self) -> None:
-        """Count an access that was refused."""
-        self.registers.put(pci.FAULTS, 4, self.registers.get(pci.FAULTS, 4) + 1)
-        self.registers.change(pci.STATUS, 4, put=pci.STATUS_FAULT)
+    @abstractmethod
+    def load_state(self, state: bytes) -> None:
+        """Take over a state that another device of this kind has saved; raise ValueError, with nothing changed."""
 
     # Life.
 
@@ -163,6 +117,7 @@ class EmulatedDevice(ABC):
     def disconnected(self) -> None:
         """Stop working and give everything back."""
         self._engine.close()
+        self._intx.close()
         self._msix.close()
         self._mappings.clear()
 
@@ -174,9 +129,7 @@ class EmulatedDevice(ABC):
         self._faults.reach("fail_reset")
         with self._engine.lock:
             self._log.stop()
-            self.registers.reset()
             self._msix.reset()
-            self._ring.reset()
             self._engine.take_ring()
             self.reset_kind()
             self._migration.reset()
@@ -186,48 +139,34 @@ class EmulatedDevice(ABC):
 
     def region_read(self, index: int, offset: int, count: int) -> bytes:
         """Read from a region, within it."""
-        if index == _CONFIG_REGION:
-            return self._config.read(offset, count)
-        if index == pci.MSIX_BAR:
-            return self._msix.read(offset, count)
-        if index == pci.MEMORY_BAR and self.memory is not None:
-            return bytes(self.memory.view[offset : offset + count])
-        return self.registers.read(offset, count)
+        if index != _CONFIG_REGION:
+            return self.bar_read(index, offset, count)
+        self._config.show_interrupt(pending=self.interrupt_pending())
+        return self._config.read(offset, count)
 
     def region_write(self, index: int, offset: int, data: Buffer) -> None:
         """Write to a region, within it; raise OSError (EINVAL) if registers are not accessed as registers."""
-        if index == _CONFIG_REGION:
-            # Between two steps: a device whose bus mastering is switched off does no DMA once that is answered.
-            with self._engine.lock:
-                self._config.write(offset, data)
-            self._engine.wake()
-        elif index == pci.MSIX_BAR:
-            self._msix.write(offset, data)
-        elif index == pci.MEMORY_BAR:
-            self.memory_written(offset, data)
-        elif offset <= pci.DOORBELL < offset + len(data):
-            self._engine.ring()
-        else:
-            self._register_written(offset, data)
-
-    def memory_written(self, offset: int, data: Buffer) -> None:
-        """Take a write to device memory from outside."""
-        if self.memory is not None:
-            self.memory.write(offset, data)
+        if index != _CONFIG_REGION:
+            self.bar_write(index, offset, data)
+            return
+        # Between two steps: a device whose bus mastering is switched off does no DMA once that is answered.
+        with self._engine.lock:
+            self._config.write(offset, data)
+        self._intx.update()
+        self._engine.wake()
 
     def set_irqs(self, index: int, flags: IrqFlags, start: int, count: int, data: Buffer, fds: Sequence[int]) -> None:
-        """Set up the vectors of MSI-X (see `Msix.set_irqs`), the only kind of interrupts that there is."""
-        if index != MSIX_INDEX:
-            return  # to turn off what is not there changes nothing
+        """Set up INTx (see `Intx.set_irqs`) or the vectors of MSI-X (see `Msix.set_irqs`)."""
         with self._engine.lock:
-            self._msix.set_irqs(flags, start, count, data, fds)
+            if index == INTX_INDEX:
+                self._intx.set_irqs(flags, count, data, fds)
+            elif index == MSIX_INDEX:
+                self._msix.set_irqs(flags, start, count, data, fds)
+        # To turn off what is not there changes nothing.
 
-    def io_fds(self, index: int) -> list[IoEventFd]:
-        """Return the eventfds that stand for writes to a region: the doorbell in BAR 0, of any size."""
-        if index != pci.REGISTERS_BAR:
-            return []
-        self._doorbell_is_shared = True
-        return [IoEventFd(pci.DOORBELL, 0, self._engine.doorbell)]
+    def io_fds(self, index: int) -> list[IoEventFd]:  # noqa: ARG002 - for the kinds that have a doorbell
+        """Return the eventfds that stand for writes to a region."""
+        return []
 
     # DMA.
 
@@ -257,7 +196,7 @@ class EmulatedDevice(ABC):
     def dma_unmap_all(self) -> None:
         """Unmap everything."""
         with self._engine.lock:
-            self._iommu.discard(_ALL_IOVAS.iova, _ALL_IOVAS.length)
+            self._iommu.discard(ALL_IOVAS.iova, ALL_IOVAS.length)
             self._mappings.clear()
 
     def logging_start(self, page_size: int, ranges: Sequence[Range]) -> int:
@@ -280,7 +219,7 @@ class EmulatedDevice(ABC):
     def iommu_dirty_start(self, page_size: int) -> int:
         """Start the dirty bits of the IOMMU, for all that is mapped; return their page size in bytes."""
         with self._engine.lock:
-            return self._iommu.start(page_size, (_ALL_IOVAS,))
+            return self._iommu.start(page_size, (ALL_IOVAS,))
 
     def iommu_dirty_stop(self) -> None:
         """Stop them and lose what they have."""
@@ -332,31 +271,6 @@ class EmulatedDevice(ABC):
         with self._engine.lock:
             return self._migration.stop_copy_length()
 
-    def save_state(self) -> bytes:
-        """Return the state beside device memory. The caller holds the engine's lock."""
-        # Rings that nobody has taken are the VMM's to move if it has the eventfd; else they become part of the state.
-        if not self._doorbell_is_shared:
-            self._ring.attention |= self._engine.take_ring()
-        return b"".join([self.registers.save(), self._ring.save(), self._msix.save(), self.save_kind()])
-
-    def load_state(self, state: bytes) -> None:
-        """Take over a state that another device of this kind has saved; raise ValueError, with nothing changed."""
-        view = memoryview(state)
-        parts = []
-        for size in (self.registers.size, Ring.STATE_SIZE, self._msix.size):
-            parts.append(view[:size])
-            view = view[size:]
-        registers, ring, table = parts
-        self.registers.check(registers)
-        Ring.check(ring)
-        if len(table) != self._msix.size:
-            raise ValueError("the interrupt table is incomplete")
-        self.check_kind(registers, view)
-        self.registers.load(registers)
-        self._ring.load(ring)
-        self._msix.load(table)
-        self.load_kind(view)
-
     # The engine.
 
     def _state_changed(self) -> None:
@@ -367,55 +281,6 @@ class EmulatedDevice(ABC):
     def _step(self, now: float) -> float | None:
         if not self._migration.running and hooks.guarded("late-dma"):
             return None
-        if self._engine.take_ring():
-            self._ring.attention = True
         self.dma.bus_master = self._config.bus_master
-        delays = [delay for delay in (self.background(now), self._work(now)) if delay is not None]
-        return min(delays, default=None)
-
-    def _work(self, now: float) -> float | None:
-        """Execute entries of the ring; return in how many seconds there is more to do, None: not before a wake."""
-        try:
-            self._ring.obey()
-            if not (self._ring.enabled and self._ring.attention):
-                return None
-            posted = self._ring.posted()
-            if not posted:
-                # Posting comes before ringing, so whoever posts after this look rings after it too.
-                self._ring.attention = False
-                return None
-            allowed, delay = self.allowance(posted, now)
-            if not allowed:
-                return delay
-            entries = self._ring.fetch(min(allowed, posted, _BATCH))
-            finished, stalled = self._execute(entries, now)
-            if finished:
-                self._ring.complete(finished)
-                self._msix.signal(pci.VECTOR)
-        except DmaStalled:
-            return None
-        except DmaFault:
-            self.fault()
-            self._ring.halt()
-            return None
-        return None if stalled else 0.0
-
-    def _execute(self, entries: Sequence[Entry], now: float) -> tuple[list[Entry], bool]:
-        """Execute entries for as long as a step may take; return those finished, and whether the next must wait."""
-        finished: list[Entry] = []
-        for entry in entries:
-            try:
-                finished.append(self.execute(entry))
-            except DmaStalled:
-                return finished, True
-            if time.monotonic() - now > _STEP_SECONDS:
-                break
-        return finished, False
-
-    def _register_written(self, offset: int, data: Buffer) -> None:
-        before = self.registers.get(pci.CONTROL, 4)
-        self.registers.write(offset, data)
-        now = self.registers.get(pci.CONTROL, 4)
-        if now != before:
-            self._ring.control_written(before=bool(before & pci.CONTROL_ENABLE), now=bool(now & pci.CONTROL_ENABLE))
-            self._engine.wake()
+        self._intx.update()
+        return self.step(now)

@@ -7,7 +7,7 @@ data. A write that reached its end in part is marked whole: unknown is dirty.
 from __future__ import annotations
 
 from common import hooks
-from common.devices.mappings import PAGE_SIZE, Mappings
+from common.devices.mappings import PAGE_SIZE, Mapping, Mappings
 from common.memory.write_journal import WriteJournal
 from common.vfio.dirty_log import DirtyLog
 from common.vfio.feature import Buffer
@@ -44,21 +44,18 @@ class DmaPort:
         self._iommu = iommu
         self._hook = hook
 
-    def read(self, iova: int, count: int) -> bytes:
-        """Return `count` bytes; raise `DmaFault` or `DmaStalled`."""
+    def read(self, iova: int, count: int, *, by_message: bool = False) -> bytes:
+        """Return `count` bytes, if so told by message even where memory is mapped; raise `DmaFault` or `DmaStalled`."""
         if not self.bus_master:
             raise DmaStalled
-        mapping = self._mappings.find(iova)
+        mapping = None if by_message else self._mappings.find(iova)
         if mapping is not None and mapping.view is not None and mapping.readable and iova + count <= mapping.end:
             start = iova - mapping.iova
             return bytes(mapping.view[start : start + count])
         parts = []
-        for view, at, size in self._pieces(iova, count, write=False):
-            if view is not None:
-                parts.append(bytes(view))
-                continue
+        for piece, at, size in self._pieces(iova, count, write=False, by_message=by_message):
             try:
-                data = bytes(self._by_message().dma_read(at, size))
+                data = piece.read(at, size) if piece is not None else bytes(self._by_message().dma_read(at, size))
             except OSError as error:
                 raise DmaFault(f"read of {size} bytes at iova 0x{at:x}: {error}") from error
             if len(data) != size:
@@ -66,12 +63,12 @@ class DmaPort:
             parts.append(data)
         return b"".join(parts)
 
-    def write(self, iova: int, data: Buffer) -> None:
-        """Write all of `data` and mark it; raise `DmaFault` or `DmaStalled`."""
+    def write(self, iova: int, data: Buffer, *, by_message: bool = False) -> None:
+        """Write all of `data`, as `read` does, and mark it; raise `DmaFault` or `DmaStalled`."""
         if not self.bus_master:
             raise DmaStalled
         count = len(data)
-        mapping = self._mappings.find(iova)
+        mapping = None if by_message else self._mappings.find(iova)
         if mapping is not None and mapping.view is not None and mapping.writable and iova + count <= mapping.end:
             start = iova - mapping.iova
             if hooks.guarded("report-before-data"):
@@ -85,10 +82,10 @@ class DmaPort:
             return
         source = memoryview(data)
         done = 0
-        for view, at, size in self._pieces(iova, count, write=True):
+        for piece, at, size in self._pieces(iova, count, write=True, by_message=by_message):
             try:
-                if view is not None:
-                    view[:] = source[done : done + size]
+                if piece is not None:
+                    piece.write(at, source[done : done + size])
                 else:
                     self._by_message().dma_write(at, source[done : done + size])
             except OSError as error:
@@ -114,9 +111,9 @@ class DmaPort:
             raise DmaFault("nobody carries messages")
         return self.messages
 
-    def _pieces(self, iova: int, count: int, *, write: bool) -> list[tuple[memoryview | None, int, int]]:
-        """Split an access into (memory or None for a message, IOVA, bytes), or refuse it before anything is moved."""
-        pieces: list[tuple[memoryview | None, int, int]] = []
+    def _pieces(self, iova: int, count: int, *, write: bool, by_message: bool) -> list[tuple[Mapping | None, int, int]]:
+        """Split an access into (mapping or None for a message, IOVA, bytes), or refuse it before anything is moved."""
+        pieces: list[tuple[Mapping | None, int, int]] = []
         end = iova + count
         if end > 1 << 64:
             raise DmaFault(f"access to {count} bytes at iova 0x{iova:x} ends beyond 64 bits")
@@ -129,9 +126,8 @@ class DmaPort:
                 if not (mapping.writable if write else mapping.readable):
                     raise DmaFault(f"iova 0x{iova:x} is not mapped {'writable' if write else 'readable'}")
                 size = min(end, mapping.end) - iova
-                start = iova - mapping.iova
-                pieces.append((None if mapping.view is None else mapping.view[start : start + size], iova, size))
+                pieces.append((mapping if mapping.local and not by_message else None, iova, size))
             iova += size
-        if not self.peers and any(view is None for view, _, _ in pieces):
+        if not self.peers and any(mapping is None for mapping, _, _ in pieces):
             raise DmaStalled
         return pieces

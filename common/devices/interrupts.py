@@ -1,7 +1,9 @@
-"""MSI-X: the table that a driver fills, and the eventfds by which a user of VFIO gets the interrupts.
+"""Interrupts of a device, and the eventfds by which a user of VFIO gets them: the pin (INTx), and MSI-X.
 
-As with kernel VFIO the table's addresses and masks are an affair of the VMM, which traps them; what the device owes is
-one signal of the vector's eventfd. The table is kept because a driver reads it back, and it moves with the device.
+Of MSI-X, as with kernel VFIO, the table's addresses and masks are an affair of the VMM, which traps them; what the
+device owes is one signal of the vector's eventfd. The table is kept because a driver reads it back, and it moves with
+the device. INTx is a level: the eventfd is signalled once when it is asserted, and the pin is then masked until the VMM
+unmasks it, which signals again if it is asserted still (kernel: VFIO_IRQ_INFO_AUTOMASKED).
 """
 
 from __future__ import annotations
@@ -9,17 +11,74 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 from common.devices.pci import MSIX_PBA
 from common.vfio.feature import Buffer
-from common.vfio_user.description import IrqFlags
+from common.vfio_user.description import IrqFlags, IrqInfo
 
-__all__ = ["MSIX_INDEX", "Msix"]
+__all__ = ["INTX_INDEX", "MSIX_INDEX", "Intx", "Msix"]
 
+INTX_INDEX = 0  # kernel: VFIO_PCI_INTX_IRQ_INDEX
 MSIX_INDEX = 2  # kernel: VFIO_PCI_MSIX_IRQ_INDEX
+_EVENTFD, _MASKABLE, _AUTOMASKED = 1, 2, 4  # kernel: VFIO_IRQ_INFO_*
 _ENTRY = 16
 _MASKED = (1).to_bytes(4, "little")  # vector control after reset
+
+
+class Intx:
+    """The pin of a device; `asserted` tells whether the device has a reason to assert it, and is allowed to.
+
+    Any thread may call `update`, when the answer may have changed.
+    """
+
+    info = IrqInfo(INTX_INDEX, _EVENTFD | _MASKABLE | _AUTOMASKED, 1)
+
+    def __init__(self, asserted: Callable[[], bool]) -> None:
+        self._asserted = asserted
+        self._lock = threading.Lock()
+        self._eventfd: int | None = None
+        self._masked = False
+
+    def update(self) -> None:
+        """Signal the eventfd if the pin is asserted and not masked, and mask it then."""
+        with self._lock:
+            if self._eventfd is not None and not self._masked and self._asserted():
+                self._masked = True
+                os.eventfd_write(self._eventfd, 1)
+
+    def set_irqs(self, flags: IrqFlags, count: int, data: Buffer, fds: Sequence[int]) -> None:
+        """Assign the eventfd, take it away, trigger by hand, mask or unmask (kernel: VFIO_DEVICE_SET_IRQS).
+
+        OSError: EINVAL (a descriptor that is no eventfd), ENOTTY (an eventfd that masks or unmasks: we have none).
+        """
+        if flags & IrqFlags.DATA_EVENTFD:
+            if not flags & IrqFlags.ACTION_TRIGGER:
+                raise OSError(errno.ENOTTY, f"SET_IRQS flags 0x{flags:x}: no eventfd masks or unmasks INTx")
+            self._assign(fds)
+        elif not count:
+            self._assign(())
+        elif flags & IrqFlags.DATA_NONE or data[0]:
+            with self._lock:
+                if flags & IrqFlags.ACTION_TRIGGER:
+                    if self._eventfd is not None:
+                        os.eventfd_write(self._eventfd, 1)
+                else:
+                    self._masked = bool(flags & IrqFlags.ACTION_MASK)
+        self.update()
+
+    def close(self) -> None:
+        """Close the eventfd."""
+        self._assign(())
+
+    def _assign(self, fds: Sequence[int]) -> None:
+        copies = _duplicates(fds)
+        with self._lock:
+            old, self._eventfd = self._eventfd, copies[0] if copies else None
+            self._masked = False
+        if old is not None:
+            os.close(old)
 
 
 class Msix:
@@ -32,6 +91,16 @@ class Msix:
         self._eventfds: list[int | None] = [None] * vectors
         self._table = bytearray()
         self.reset()
+
+    @property
+    def info(self) -> IrqInfo:
+        """What VFIO says about it."""
+        return IrqInfo(MSIX_INDEX, _EVENTFD, self.vectors)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the VMM has set up any vector: a device has MSI-X or INTx, never both."""
+        return any(eventfd is not None for eventfd in self._eventfds)
 
     def read(self, offset: int, count: int) -> bytes:
         """Return part of the BAR: the table, then zeros, for no interrupt is ever pending in the device."""
@@ -90,19 +159,24 @@ class Msix:
         self._assign(0, self.vectors, ())
 
     def _assign(self, start: int, count: int, fds: Sequence[int]) -> None:
-        for fd in fds:
-            # A write to anything else could block the device for ever.
-            if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
-                raise OSError(errno.EINVAL, "an interrupt's descriptor is not an eventfd")
-        with contextlib.ExitStack() as undo:
-            copies: list[int | None] = []
-            for fd in fds:
-                copy = os.dup(fd)
-                undo.callback(os.close, copy)
-                copies.append(copy)
-            undo.pop_all()
+        copies: list[int | None] = [*_duplicates(fds)]
         old = self._eventfds[start : start + count]
         self._eventfds[start : start + count] = copies or [None] * count
         for eventfd in old:
             if eventfd is not None:
                 os.close(eventfd)
+
+
+def _duplicates(fds: Sequence[int]) -> list[int]:
+    """Return duplicates of eventfds; raise OSError (EINVAL) if one is none."""
+    for fd in fds:
+        # A write to anything else could block the device for ever.
+        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
+            raise OSError(errno.EINVAL, "an interrupt's descriptor is not an eventfd")
+    with contextlib.ExitStack() as undo:
+        copies = []
+        for fd in fds:
+            copies.append(os.dup(fd))
+            undo.callback(os.close, copies[-1])
+        undo.pop_all()
+    return copies

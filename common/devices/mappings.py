@@ -1,4 +1,8 @@
-"""What a device may reach by DMA: mappings by IOVA, over files that are mapped once each."""
+"""What a device may reach by DMA: mappings by IOVA, over files that are mapped, or opened, once each.
+
+A file that could shrink would kill the device at its next access to memory that is gone, so one that is not sealed
+against that is not mapped: it is read and written, which fails then and does not kill.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,12 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from common.vfio.feature import Buffer
 
 __all__ = ["MAX_MAPPINGS", "PAGE_SIZE", "Mapping", "Mappings"]
 
@@ -18,22 +26,58 @@ _ADDRESS_SPACE = 1 << 64
 
 @dataclass(slots=True)
 class _File:
-    """One mapping of a whole file into the process, shared by all DMA mappings of it."""
+    """A whole file in the process, shared by all DMA mappings of it: in memory (`view`), or open (`fd`)."""
 
-    view: memoryview
+    view: memoryview | None = None
+    fd: int | None = None
     users: int = 0
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self.view is not None:
+            self.view.release()
+        if self.fd is not None:
+            os.close(self.fd)
 
 
 @dataclass(slots=True)
 class Mapping:
-    """One DMA mapping: `view` is its memory, or None if it is reached by message only; `end` is one past the last."""
+    """One DMA mapping; `end` is one past the last byte.
+
+    `view` is its memory; or `fd` is its file, where it begins at `offset`; with neither it is reached by message only.
+    """
 
     iova: int
     end: int
     readable: bool
     writable: bool
     view: memoryview | None = None
+    fd: int | None = None
+    offset: int = 0
     key: tuple[int, int, int, bool] | None = field(default=None, repr=False)
+
+    @property
+    def local(self) -> bool:
+        """Whether it is reached without a message."""
+        return self.view is not None or self.fd is not None
+
+    def read(self, iova: int, count: int) -> bytes:
+        """Return bytes of a local one, within it; raise OSError if its file has not so many."""
+        start = iova - self.iova
+        if self.view is not None:
+            return bytes(self.view[start : start + count])
+        data = b"" if self.fd is None else os.pread(self.fd, count, self.offset + start)
+        if len(data) != count:
+            raise OSError(errno.EIO, f"{len(data)} of {count} bytes: the memory's file ends there")
+        return data
+
+    def write(self, iova: int, data: Buffer) -> None:
+        """Write bytes of a local one, within it; raise OSError as its file does."""
+        start = iova - self.iova
+        if self.view is not None:
+            self.view[start : start + len(data)] = data
+        elif self.fd is not None and os.pwrite(self.fd, data, self.offset + start) != len(data):
+            raise OSError(errno.EIO, "the memory's file took a part only")
 
 
 class Mappings:
@@ -55,8 +99,8 @@ class Mappings:
     def add(self, iova: int, size: int, *, readable: bool, writable: bool, fd: int | None, offset: int) -> None:
         """Map `size` bytes at `iova`: at `offset` of a file, or without `fd` to be reached by message.
 
-        The caller keeps `fd`. OSError: EINVAL (not whole pages, no permission at all, beyond the file, or a file that
-        could be shrunk under the device), EOVERFLOW, EEXIST (overlap), EACCES (writable, the file is not), ENOSPC.
+        The caller keeps `fd`. OSError: EINVAL (not whole pages, no permission at all, beyond the file, or what is no
+        file), EOVERFLOW, EEXIST (overlap), EACCES (writable, the file is not), ENOSPC.
         """
         if size <= 0 or (iova | size | offset) % PAGE_SIZE:
             raise OSError(errno.EINVAL, f"iova 0x{iova:x} size 0x{size:x} offset 0x{offset:x} are not whole pages")
@@ -76,7 +120,9 @@ class Mappings:
             mapping.key = self._open(fd, offset + size, writable=writable)
             file = self._files[mapping.key]
             file.users += 1
-            mapping.view = file.view[offset : offset + size]
+            mapping.fd, mapping.offset = file.fd, offset
+            if file.view is not None:
+                mapping.view = file.view[offset : offset + size]
         self._starts.insert(index, iova)
         self._mappings.insert(index, mapping)
 
@@ -107,38 +153,48 @@ class Mappings:
         mapping = self._mappings[index]
         return mapping if iova < mapping.end else None
 
+    def ordered(self) -> Sequence[Mapping]:
+        """Return the mappings in order of their addresses."""
+        return self._mappings
+
     def next_start(self, iova: int) -> int:
         """Return where the first mapping above an address starts; 2^64 if there is none."""
         index = bisect_right(self._starts, iova)
         return self._starts[index] if index < len(self._starts) else _ADDRESS_SPACE
 
     def _open(self, fd: int, end: int, *, writable: bool) -> tuple[int, int, int, bool]:
-        try:
-            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        except OSError:
-            seals = 0
-        if not seals & fcntl.F_SEAL_SHRINK:
-            raise OSError(errno.EINVAL, "the memory's file is not sealed against shrinking")
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "the memory's descriptor is no file")
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         if access == os.O_WRONLY or (writable and access != os.O_RDWR):
             raise OSError(errno.EACCES, "the memory's file is not open for such access")
-        status = os.fstat(fd)
         if end > status.st_size:
             raise OSError(errno.EINVAL, f"the memory's file ends at 0x{status.st_size:x}, before 0x{end:x}")
         # A file that grew is mapped anew; the older mapping goes with its last user.
         key = (status.st_dev, status.st_ino, status.st_size, access == os.O_RDWR)
         if key not in self._files:
-            protection = mmap.PROT_READ | (mmap.PROT_WRITE if access == os.O_RDWR else 0)
-            # The view keeps the mapping alive, and the last slice of it that is released unmaps the file.
-            self._files[key] = _File(memoryview(mmap.mmap(fd, status.st_size, mmap.MAP_SHARED, protection)))
+            if _can_shrink(fd):
+                self._files[key] = _File(fd=os.dup(fd))
+            else:
+                protection = mmap.PROT_READ | (mmap.PROT_WRITE if access == os.O_RDWR else 0)
+                # The view keeps the mapping alive, and the last slice of it that is released unmaps the file.
+                self._files[key] = _File(memoryview(mmap.mmap(fd, status.st_size, mmap.MAP_SHARED, protection)))
         return key
 
     def _release(self, mapping: Mapping) -> None:
-        if mapping.view is None or mapping.key is None:
+        if mapping.key is None:
             return
-        mapping.view.release()
+        if mapping.view is not None:
+            mapping.view.release()
         file = self._files[mapping.key]
         file.users -= 1
         if not file.users:
-            del self._files[mapping.key]
-            file.view.release()
+            self._files.pop(mapping.key).close()
+
+
+def _can_shrink(fd: int) -> bool:
+    try:
+        return not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    except OSError:
+        return True

@@ -12,7 +12,7 @@ import time
 from typing import Protocol
 
 from common.devices.knobs import Knobs, OneTimeFaults
-from common.devices.stream import DeviceMemory, LoadStream, SaveStream
+from common.devices.stream import Loading, Saving, StateFormat
 from common.vfio.feature import Buffer, PrecopyInfo
 from common.vfio.migration import (
     PRECOPY_STATES,
@@ -45,20 +45,18 @@ class Migration:
     def __init__(
         self,
         device: MigratedState,
-        identity: bytes,
-        memory: DeviceMemory | None,
+        state_format: StateFormat,
         knobs: Knobs,
         faults: OneTimeFaults,
     ) -> None:
         self.state = DeviceState.RUNNING
         self._device = device
-        self._identity = identity
-        self._memory = memory
+        self._format = state_format
         self._flags = knobs.flags
         self._faults = faults
         self._load_delay = knobs.load_delay_ms / 1000
-        self._saving: SaveStream | None = None
-        self._loading: LoadStream | None = None
+        self._saving: Saving | None = None
+        self._loading: Loading | None = None
 
     @property
     def running(self) -> bool:
@@ -105,7 +103,7 @@ class Migration:
         """Return how many bytes STOP_COPY would bring if it came now, in any state."""
         self._faults.reach("fail_data_size")
         if self._saving is None:
-            return SaveStream.length(self._identity, self._memory, self._device.save_state())
+            return self._format.length(self._device.save_state())
         if self.state is DeviceState.STOP_COPY:
             return self._saving.remaining(b"")
         return self._saving.remaining(self._device.save_state())
@@ -113,9 +111,9 @@ class Migration:
     def _take_arc(self, previous: DeviceState, state: DeviceState) -> None:
         direction = opens_stream(previous, state)
         if direction == "read":
-            self._saving = SaveStream(self._identity, self._memory)
+            self._saving = self._format.save()
         elif direction == "write":
-            self._loading = LoadStream(self._identity, self._memory)
+            self._loading = self._format.load()
         if state is DeviceState.STOP_COPY and self._saving is not None:
             self._saving.finish(self._device.save_state())
         if closes_stream(previous, state):
@@ -123,7 +121,7 @@ class Migration:
             if loading is not None:
                 self._load(loading)
 
-    def _load(self, loading: LoadStream) -> None:
+    def _load(self, loading: Loading) -> None:
         time.sleep(self._load_delay)
         try:
             self._faults.reach("fail_load")

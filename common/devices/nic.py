@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.datasheets import nic, pattern, pci
-from common.devices.base import EmulatedDevice, Entry
 from common.devices.dma import DmaFault, DmaStalled
 from common.devices.knobs import Knobs
+from common.devices.ring_device import Entry, RingDevice
 from common.vfio.migration import MigrationFlags
 
 __all__ = ["Nic", "NicKnobs"]
@@ -38,7 +38,7 @@ class NicKnobs(Knobs):
             raise ValueError(f"packet {self.packet} is not within {_MIN_BUFFER} and {_MAX_BUFFER} bytes")
 
 
-class Nic(EmulatedDevice):
+class Nic(RingDevice):
     """The device; its generator's position is in its registers, so there is no other state."""
 
     ENTRY = nic.ENTRY

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.datasheets import nvme, pattern, pci
-from common.devices.base import EmulatedDevice, Entry
 from common.devices.dma import DmaFault
 from common.devices.knobs import Knobs
+from common.devices.ring_device import Entry, RingDevice
 from common.vfio.feature import Buffer
 from common.vfio.migration import MigrationFlags
 
@@ -47,7 +47,7 @@ class NvmeKnobs(Knobs):
             raise ValueError(f"latency_us {self.latency_us} is more than 10 seconds")
 
 
-class Nvme(EmulatedDevice):
+class Nvme(RingDevice):
     """The device."""
 
     ENTRY = nvme.ENTRY
@@ -148,6 +148,6 @@ class Nvme(EmulatedDevice):
         self._generations[:] = 0
         self._generations[written["lba"]] = written["generation"]
 
-    def reset_kind(self) -> None:
+    def reset_work(self) -> None:
         """Keep the namespace: it is a disk."""
         self._seen.clear()

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,19 @@ import xxhash
 
 from common.vfio.feature import Buffer, PrecopyInfo
 
-__all__ = ["PAGE_SIZE", "RECORD_PAGES", "VERSION", "DeviceMemory", "LoadStream", "RecordType", "SaveStream"]
+__all__ = [
+    "PAGE_SIZE",
+    "RECORD_PAGES",
+    "VERSION",
+    "DeviceMemory",
+    "LoadStream",
+    "Loading",
+    "RecordFormat",
+    "RecordType",
+    "SaveStream",
+    "Saving",
+    "StateFormat",
+]
 
 PAGE_SIZE = 4096
 RECORD_PAGES = 256
@@ -29,6 +43,45 @@ VERSION = 1
 MAX_STATE = 64 << 20
 _MAGIC = 0x56445753  # "SWDV"
 _HEADER = struct.Struct("<IHHQQQ")  # magic, version, type, offset in device memory, bytes that follow, their xxh3_64
+
+
+class Saving(Protocol):
+    """A saving session, from PRE_COPY or STOP_COPY to its end."""
+
+    def info(self) -> PrecopyInfo:
+        """Return what can be read now."""
+
+    def finish(self, state: bytes) -> None:
+        """Say that the device has stopped with `state`, which is the last that comes."""
+
+    def remaining(self, state: bytes) -> int:
+        """Return how many bytes are left to read if the device stops now with `state`; 0 at the end."""
+
+    def read(self, size: int) -> memoryview:
+        """Return up to `size` bytes, fewer only if there are no more now; valid until the next read."""
+
+
+class Loading(Protocol):
+    """A resuming session."""
+
+    def write(self, data: Buffer) -> None:
+        """Take the next bytes, in any pieces."""
+
+    def finish(self) -> bytes:
+        """Return the state that a whole stream has brought; raise ValueError with the first thing that was wrong."""
+
+
+class StateFormat(Protocol):
+    """How a device's state is laid out as a stream."""
+
+    def save(self) -> Saving:
+        """Begin a saving session."""
+
+    def load(self) -> Loading:
+        """Begin a resuming session."""
+
+    def length(self, state: bytes) -> int:
+        """Return how many bytes a whole stream has that begins in STOP_COPY."""
 
 
 class RecordType(IntEnum):
@@ -80,6 +133,27 @@ def _memory_bytes(pages: int) -> int:
     return pages * PAGE_SIZE + -(-pages // RECORD_PAGES) * _HEADER.size
 
 
+@dataclass(frozen=True, slots=True)
+class RecordFormat:
+    """The format of this module, for a device with an identity and perhaps memory of its own."""
+
+    identity: bytes
+    memory: DeviceMemory | None
+
+    def save(self) -> SaveStream:
+        """Begin a saving session."""
+        return SaveStream(self.identity, self.memory)
+
+    def load(self) -> LoadStream:
+        """Begin a resuming session."""
+        return LoadStream(self.identity, self.memory)
+
+    def length(self, state: bytes) -> int:
+        """Return how many bytes a whole stream has that begins in STOP_COPY."""
+        pages = 0 if self.memory is None else self.memory.dirty.size
+        return 2 * _HEADER.size + len(self.identity) + _memory_bytes(pages) + len(state)
+
+
 class SaveStream:
     """One saving session, from PRE_COPY or STOP_COPY to its end."""
 
@@ -92,12 +166,6 @@ class SaveStream:
         self._parts_initial = False
         self._state: bytes | None = None
         self._buffer = bytearray()
-
-    @staticmethod
-    def length(identity: bytes, memory: DeviceMemory | None, state: bytes) -> int:
-        """Return how many bytes a whole stream has that begins in STOP_COPY."""
-        pages = 0 if memory is None else memory.dirty.size
-        return 2 * _HEADER.size + len(identity) + _memory_bytes(pages) + len(state)
 
     def info(self) -> PrecopyInfo:
         """Return what can be read now."""

@@ -1,7 +1,7 @@
 """What the two sides of a connection tell each other in VERSION, and our extension of it.
 
-The extension is one more capability, `switchover`. A server offers it; nobody ever requires it, and a client that does
-not know it takes no notice.
+The extension is one more capability, `switchover`. A client says that it knows it, a server then what it has of it;
+nobody ever requires it, and who does not know it takes no notice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXTENSION_VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """What a server of ours can do beyond the protocol.
+    """What a server of ours can do beyond the protocol; of a client's, only that it is there counts.
 
     `precopy_info` and `data_size`: it says how much there is to read in PRE_COPY and STOP_COPY. `p2p`: it has the P2P
     states. `report_ranges`: it logs the ranges of START only, and REPORT takes any part of them, at any page size.

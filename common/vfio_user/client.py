@@ -358,7 +358,7 @@ class VfioUserClient:
     # Connecting
 
     def _negotiate(self) -> Capabilities:
-        ours = Capabilities(_MAX_MSG_FDS, MAX_TRANSFER, PAGE_SIZE, twin_socket=TwinSocket())
+        ours = Capabilities(_MAX_MSG_FDS, MAX_TRANSFER, PAGE_SIZE, Extension(), TwinSocket())
         reply = self._request(Command.VERSION, "VERSION", Version(0, _MINOR, ours).pack(), keep_fds=True)
         try:
             version = self._checked("VERSION", Version.unpack, reply.body)

@@ -9,6 +9,7 @@ Where implementations disagree, the layouts are those that libvfio-user and QEMU
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from dataclasses import dataclass
@@ -157,6 +158,13 @@ class Header(NamedTuple):
     def is_reply(self) -> bool:
         """Whether it answers a command."""
         return self.flags & FLAG_TYPE_MASK == FLAG_REPLY
+
+    @property
+    def refusal(self) -> int:
+        """The errno of a reply that refuses, or 0; a refusal without a plausible errno counts as EINVAL."""
+        if not self.flags & FLAG_ERROR:
+            return 0
+        return self.error if 0 < self.error < 4096 else errno.EINVAL
 
 
 def check_argsz(argsz: int, needed: int, name: str) -> None:

@@ -37,7 +37,7 @@ from common.vfio_user.transport import Connection, ConnectionLostError, Message
 
 __all__ = ["Device", "MessageDma", "VfioUserServer", "listen"]
 
-_MAX_MSG_FDS: Final = 16
+_MAX_MSG_FDS: Final = 8  # as libvfio-user, whose sample client takes both servers of a migration to say the same
 _JOURNAL_QUERY: Final = struct.Struct("<QQ")  # IOVA, bytes
 _MINOR: Final = 2
 _DEVICE_FLAGS: Final = 0x3  # can be reset, is a PCI device
@@ -169,7 +169,8 @@ class VfioUserServer:
             max_msg_fds=_MAX_MSG_FDS,
             max_data_xfer_size=MAX_TRANSFER,
             migration_page_size=PAGE_SIZE if self._device.migration_flags else None,
-            extension=self._device.extension,
+            # Only to who has said that he knows it: QEMU has room for a reply as long as its own message, no more.
+            extension=None if self._client.extension is None else self._device.extension,
         )
         return [Version(0, min(version.minor, _MINOR), capabilities).pack()], ()
 

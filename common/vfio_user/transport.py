@@ -58,10 +58,8 @@ class Message:
 
     @property
     def error(self) -> int:
-        """The errno of a reply that refuses, or 0; a refusal without a plausible errno counts as EINVAL."""
-        if not self.header.flags & FLAG_ERROR:
-            return 0
-        return self.header.error if 0 < self.header.error < 4096 else errno.EINVAL
+        """The errno of a reply that refuses, or 0."""
+        return self.header.refusal
 
     @property
     def wants_reply(self) -> bool:
@@ -135,6 +133,17 @@ class Connection:
             finally:
                 if self._reason is None:
                     self._epoll.modify(self._fd, select.EPOLLIN)
+
+    def post(self, command: int, parts: Sequence[Buffer] = (), fds: Sequence[int] = ()) -> None:
+        """Send a command that wants no reply. Raise `ConnectionLostError`."""
+        with self._turn:
+            if self._reason is not None:
+                raise ConnectionLostError(errno.ENOTCONN, self._reason)
+            self._last_id = (self._last_id + 1) & 0xFFFF
+            size = HEADER_SIZE + sum(map(len, parts))
+            header = Header(self._last_id, command, size, FLAG_NO_REPLY)
+            if self._send(header, parts, fds, reading=True) is not None:
+                raise self._lose("a reply to no command came")
 
     def reply(self, command: Message, parts: Sequence[Buffer] = (), fds: Sequence[int] = (), *, error: int = 0) -> None:
         """Answer a command, or refuse it with an errno; nothing is sent if it wants no reply.

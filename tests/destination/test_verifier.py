@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from switchover.v1 import migration_pb2
 
+from common.machine.device import Digest
 from common.memory import digest
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
 from common.memory.pages import Applier, Encoding, PageBatch
 from common.memory.ram import GuestRam
 from destination import verifier as verifier_module
-from destination.verifier import Verifier
+from destination.verifier import Verifier, compare_device
 
 CHUNKS = 4
 
@@ -125,3 +128,61 @@ def test_all_is_read_whatever_was_read_before(verifier: Verifier, ram: GuestRam)
     ram.pages[5, 0] = 1  # not by the applier
     verifier.read_all()
     assert [mismatch.chunk for mismatch in verifier.compare(theirs, pages=False)] == [0]
+
+
+def test_digests_that_differ_in_one_bit_differ(verifier: Verifier, ram: GuestRam) -> None:
+    verifier.read_all()
+    theirs = np.frombuffer(expected(ram), "<u8") ^ np.array([0, 1, 0, 1 << 63], np.uint64)
+    assert [mismatch.chunk for mismatch in verifier.compare(theirs.tobytes(), pages=False)] == [1, 3]
+
+
+def test_chunks_that_have_settled_are_read_early_and_again_if_written_again(
+    applier: Applier, ram: GuestRam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifier_module, "DigestWorkers", Workers)
+    verifier = Verifier(ram, applier, early=True)
+    try:
+        for page in (0, CHUNK_PAGES, 3 * CHUNK_PAGES):
+            write(applier, page)
+        wait_until(lambda: {first for first, _ in Workers.read} >= {0, 3})
+        time.sleep(3 * verifier_module.SETTLE_SECONDS)
+        # Each once, neighbours together, and what nobody has written not at all.
+        assert sorted(chunk for item in Workers.read for chunk in range(*item)) == [0, 1, 3]
+        write(applier, 3 * CHUNK_PAGES + 1)
+        wait_until(lambda: Workers.read.count((3, 4)) == 2)
+        read = len(Workers.read)
+        verifier.complete()
+        assert Workers.read[read:] == [(2, 3)]
+        assert verifier.compare(expected(ram), pages=False) == []
+    finally:
+        verifier.close()
+    assert not verifier._settler.is_alive()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "what"),
+    [
+        ((1, (2, 3), 4), None),
+        ((9, (2, 3), 4), "config space"),
+        ((1, (2, 9), 4), "BARs"),
+        ((1, (2,), 4), "BARs"),
+        ((1, (2, 3), 9), "state dump"),
+        ((1, (2, 3), 0), None),  # no dump was taken there
+        ((9, (9,), 9), "config space"),
+    ],
+)
+def test_what_differs_first_between_two_readings_of_a_device(
+    theirs: tuple[int, tuple[int, ...], int], what: str | None
+) -> None:
+    config, bars, dump = theirs
+    digest = migration_pb2.DeviceDigest(name="nic0", config=config, bars=bars, dump=dump, compared=True)
+    assert compare_device(Digest(1, (2, 3), 4, compared=True), digest) == what
+    if what == "state dump":
+        assert compare_device(Digest(1, (2, 3), 0, compared=True), digest) is None

@@ -21,8 +21,10 @@ def taken(eventfd: int) -> int:
         return 0
 
 
-def test_has_msix_and_nothing_else(rig: Callable[..., Rig]) -> None:
-    assert [info.count for info in rig("nic").client.irqs] == [0, 0, 1, 0, 0]
+def test_has_a_pin_and_msix(rig: Callable[..., Rig]) -> None:
+    irqs = rig("nic").client.irqs
+    assert [info.count for info in irqs] == [1, 0, 1, 0, 0]
+    assert [info.flags for info in irqs[:3]] == [7, 0, 1]  # EVENTFD, and for the pin MASKABLE and AUTOMASKED
 
 
 @pytest.mark.parametrize(

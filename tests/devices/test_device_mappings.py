@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from device_rig import Memory
@@ -103,8 +104,10 @@ def test_refuses_files_that_would_harm_it(mappings: Mappings, ram: Memory) -> No
     assert refusal(mappings, 0, 2 * PAGE, ram.fd, ram.size - PAGE) == errno.EINVAL
     assert refusal(mappings, 0, PAGE, ram.fd, 5) == errno.EINVAL
     assert refusal(mappings, 0, PAGE, readable=False, writable=False) == errno.EINVAL
-    with open("/proc/self/exe", "rb") as plain:
-        assert refusal(mappings, 0, PAGE, plain.fileno(), writable=False) == errno.EINVAL
+    reading, writing = os.pipe()
+    assert refusal(mappings, 0, PAGE, reading, writable=False) == errno.EINVAL
+    os.close(reading)
+    os.close(writing)
     read_only = os.open(f"/proc/self/fd/{ram.fd}", os.O_RDONLY)
     assert refusal(mappings, 0, PAGE, read_only) == errno.EACCES
     add(mappings, 0, PAGE, read_only, writable=False)
@@ -112,6 +115,26 @@ def test_refuses_files_that_would_harm_it(mappings: Mappings, ram: Memory) -> No
     mapping = mappings.find(0)
     assert mapping is not None and mapping.view is not None and mapping.view.readonly
     del mapping
+
+
+def test_a_file_that_can_shrink_is_read_and_written(mappings: Mappings, tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(4 * PAGE))
+    before = len(os.listdir("/proc/self/fd"))
+    with path.open("r+b") as file:
+        for page in range(3):
+            add(mappings, page * PAGE, PAGE, file.fileno(), (page + 1) * PAGE)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    mapping = mappings.find(PAGE)
+    assert mapping is not None and mapping.view is None and mapping.local
+    mapping.write(PAGE + 8, b"here")
+    assert path.read_bytes()[2 * PAGE + 8 : 2 * PAGE + 12] == b"here"
+    assert mapping.read(PAGE + 8, 4) == b"here"
+    os.truncate(path, 2 * PAGE + 10)
+    with pytest.raises(OSError):
+        mapping.read(PAGE + 8, 4)
+    mappings.clear()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_number_of_mappings_is_limited(mappings: Mappings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.devices.stream import RECORD_PAGES, DeviceMemory, LoadStream, SaveStream
+from common.devices.stream import RECORD_PAGES, DeviceMemory, LoadStream, RecordFormat, SaveStream
 
 PAGE = 4096
 PAGES = RECORD_PAGES + 44
@@ -54,7 +54,7 @@ def test_the_length_of_a_whole_stream_is_known_before() -> None:
     memory = DeviceMemory(PAGES * PAGE)
     saving = SaveStream(IDENTITY, memory)
     saving.finish(b"state")
-    assert len(saving.read(100 << 20)) == SaveStream.length(IDENTITY, memory, b"state")
+    assert len(saving.read(100 << 20)) == RecordFormat(IDENTITY, memory).length(b"state")
 
 
 @settings(deadline=None)

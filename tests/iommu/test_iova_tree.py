@@ -158,3 +158,24 @@ def test_arrays_know_writable_ram():
     tree.insert(mapping(2, writable=False))
     assert tree.arrays().ram_writable.tolist() == [True, False, False]
     assert np.array_equal(tree.arrays().ends, tree.arrays().starts + PAGE_SIZE)
+
+
+def test_every_refusal_says_what_was_wrong(monkeypatch):
+    tree = IovaTree()
+    tree.insert(mapping(4, 2, writable=False))
+    tree.insert(mapping(8, 1, readable=False))
+    monkeypatch.setattr(iova_tree, "MAX_MAPPINGS", 2)
+    refused = [
+        (lambda: tree.insert(Mapping(0, PAGE_SIZE, 0, RamTarget(5))), "mapping at IOVA 0x0 leads to offset 0x5"),
+        (lambda: tree.insert(mapping(0, readable=False, writable=False)), "IOVA 0x0 can neither be read nor written"),
+        (lambda: tree.insert(mapping(5)), "IOVA 0x5000 size 0x1000 overlaps the mapping at 0x4000 size 0x2000"),
+        (lambda: tree.insert(mapping(0)), "2 mappings exist already"),
+        (lambda: tree.contained(0, 5 * PAGE_SIZE), "size 0x5000 would split the mapping at 0x4000 size 0x2000"),
+        (lambda: tree.translate(0, 8, write=False), "IOVA 0x0 is not mapped"),
+        (lambda: tree.translate(4 * PAGE_SIZE, 8, write=True), "IOVA 0x4000 must not be written"),
+        (lambda: tree.translate(8 * PAGE_SIZE, 8, write=False), "IOVA 0x8000 must not be read"),
+        (lambda: tree.remove(0, 5), "IOVA 0x0 size 0x5: must be whole pages of 4096 bytes up to 0x7fffffffffffffff"),
+    ]
+    for call, said in refused:
+        with pytest.raises(OSError, match=f"{said}$"):
+            call()

@@ -28,6 +28,16 @@ def test_who_could_have_written_a_page():
     assert history.of_page(10) == []
 
 
+def test_a_mapping_that_is_still_there_leads_to_each_of_its_pages():
+    history = MappingHistory([mapping(100, 20, 4)], clock=lambda: 7.0)
+    history.opened(mapping(300, 21, 2))
+    assert history.of_page(22) == [
+        Interval(102 * PAGE_SIZE, None, None),
+        Interval(301 * PAGE_SIZE, 7.0, None),
+    ]
+    assert history.of_page(24) == []
+
+
 def test_readers_and_bars_write_no_ram():
     history = MappingHistory([mapping(1, 0, writable=False)], clock=lambda: 0.0)
     history.opened(Mapping(0, PAGE_SIZE, 0, BarTarget("peer", 2, 0)))

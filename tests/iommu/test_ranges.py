@@ -202,3 +202,89 @@ def test_gaps_that_cost_more_than_a_message_stay_out():
     arrays = arrays_of((0, GIB), (2 * GIB, GIB), (20 * GIB, GIB), (50 * GIB, GIB))
     windows = plan_windows(arrays, Coverage([Range(0, TIB)]))
     assert windows == [Range(0, 3 * GIB), Range(20 * GIB, GIB), Range(50 * GIB, GIB)]
+
+
+def test_ranges_that_touch_become_one():
+    starts = np.array([0, 1, 5]) * PAGE_SIZE
+    assert merge(starts, starts + PAGE_SIZE, 9) == [Range(0, 2 * PAGE_SIZE), Range(5 * PAGE_SIZE, PAGE_SIZE)]
+
+
+def test_a_mapping_of_half_a_log_page_is_not_covered():
+    coverage = Coverage([Range(0, GIB)], alignment=2 * PAGE_SIZE)
+    assert coverage.covers(0, 2 * PAGE_SIZE)
+    assert not coverage.covers(0, PAGE_SIZE)
+    assert not coverage.covers(PAGE_SIZE, 2 * PAGE_SIZE)
+
+
+def test_aperture_sizes_are_whole_pages_that_fit_64_bits():
+    for max_iova in ((1 << 63) - 1, (1 << 64) - 1):
+        sizes = aperture_sizes(max_iova, 4 * GIB)
+        assert sizes == [(1 << 63) - PAGE_SIZE, 1 << 39, 4 * GIB]
+    assert all(isinstance(size, int) for width in (None, (1 << 39) - 1) for size in aperture_sizes(width, TIB))
+
+
+def test_every_plan_says_why():
+    arrays = arrays_of((PAGE_SIZE, PAGE_SIZE))
+    assert [plan(strategy, arrays, 48).reason for strategy in ("mapped", "minmax", "aperture", "auto")] == [
+        "the mapped ranges were asked for",
+        "the spans of low, high and BAR mappings were asked for",
+        "the aperture was asked for",
+        "behind a 48-bit vIOMMU an aperture needs no arming again as the guest maps",
+    ]
+    assert plan("auto", arrays).reason == "without a vIOMMU the mappings never change"
+
+
+def test_an_aperture_is_named_by_its_size():
+    tried = plan_start("aperture", arrays_of(), max_iova=(1 << 48) - 1, ram_size=3 * GIB).attempts
+    assert [attempt.what for attempt in tried] == [
+        "the aperture up to 2^48",
+        "the aperture up to 2^39",
+        "[0, 0xc0000000)",
+    ]
+
+
+def test_an_aperture_that_ends_with_the_last_mapping_holds_it():
+    high = plan("auto", arrays_of(((1 << 48) - PAGE_SIZE, PAGE_SIZE)), 48)
+    assert high.attempts[0].ranges == (Range(0, 1 << 48),)
+
+
+def test_two_ranges_that_are_refused_are_tried_as_one():
+    arrays = arrays_of((0, PAGE_SIZE), (TIB, PAGE_SIZE))
+    assert [len(attempt.ranges) for attempt in plan("mapped", arrays).attempts] == [2, 1]
+
+
+def test_minmax_counts_a_mapping_that_ends_at_4_gib_as_low():
+    arrays = arrays_of((4 * GIB - PAGE_SIZE, PAGE_SIZE), (8 * GIB, PAGE_SIZE))
+    assert plan("minmax", arrays).attempts[0].ranges == (
+        Range(4 * GIB - PAGE_SIZE, PAGE_SIZE),
+        Range(8 * GIB, PAGE_SIZE),
+    )
+
+
+def test_one_report_for_a_section_that_fits_wherever_it_lies():
+    arrays = arrays_of((TIB, PAGE_SIZE), (TIB + 5 * GIB, PAGE_SIZE), (TIB + 32 * GIB - PAGE_SIZE, PAGE_SIZE))
+    assert plan_windows(arrays, Coverage([Range(0, 1 << 48)])) == [Range(TIB, 32 * GIB)]
+
+
+def test_a_gap_as_large_as_the_largest_stays_in():
+    """All of it does not fit, so gaps are looked at, each between its own two mappings."""
+    near = ((0, PAGE_SIZE), (2 * GIB + PAGE_SIZE, PAGE_SIZE), (2 * GIB + 3 * PAGE_SIZE, PAGE_SIZE))
+    far = ((TIB, PAGE_SIZE), (TIB + PAGE_SIZE, PAGE_SIZE), (TIB + 3 * GIB, PAGE_SIZE))
+    assert plan_windows(arrays_of(*near, *far), Coverage([Range(0, 1 << 48)])) == [
+        Range(0, 2 * GIB + 4 * PAGE_SIZE),
+        Range(TIB, 2 * PAGE_SIZE),
+        Range(TIB + 3 * GIB, PAGE_SIZE),
+    ]
+
+
+def test_windows_leave_out_the_gaps_between_them():
+    """64 pages in each; mappings of 3 pages at 0, 100 and 150, of which two fit into one."""
+    arrays = arrays_of(*[(at * PAGE_SIZE, 3 * PAGE_SIZE) for at in (0, 100, 150)])
+    windows = plan_windows(arrays, Coverage([Range(0, GIB)]), max_bitmap=8)
+    assert windows == [Range(0, 3 * PAGE_SIZE), Range(100 * PAGE_SIZE, 53 * PAGE_SIZE)]
+
+
+def test_a_window_is_at_least_one_page_of_the_log():
+    arrays = arrays_of((0, 1 << 20))
+    windows = plan_windows(arrays, Coverage([Range(0, GIB)]), granule=512 << 10, max_bitmap=8)
+    assert windows == [Range(0, 512 << 10), Range(512 << 10, 512 << 10)]

@@ -61,3 +61,19 @@ def test_mark_runs_like_a_set(wanted):
     marked = mark_runs(dirty, first, count)
     expected = {page for start, length in wanted for page in range(start, start + length)}
     assert set(pages_of(dirty.take()).tolist()) == expected and marked == len(expected)
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_bits_in_every_slice_of_a_large_bitmap(monkeypatch, factor):
+    monkeypatch.setattr(translate, "_SLICE_WORDS", factor)
+    tree, _ = tree_of([(0, 1000, 5000)])
+    words = empty(192)
+    set_pages(words, np.array([1, 65, 130]))
+    expected = [5000 + page * factor + n for page in (1, 65, 130) for n in range(factor)]
+    found = dirty_ram_pages(words, 0, factor * PAGE_SIZE, tree.arrays())
+    assert found.pages.tolist() == expected
+
+
+def test_nothing_dirty_is_an_array_of_page_numbers():
+    found = dirty_ram_pages(empty(64), 0, PAGE_SIZE, IovaTree().arrays())
+    assert found.pages.dtype == np.int64

@@ -148,7 +148,7 @@ NIC = '[[device]]\nkind = "nic"\n'
         (RAM + NIC + '[[device]]\nkind = "nvme"\nname = "nic0"', '8: two devices have the name "nic0"'),
         (
             RAM + '[[device]]\nkind = "nci"',
-            '5: "kind" in [[device]] must be "nic", "nvme" or "accelerator", not "nci"; did',
+            '5: "kind" in [[device]] must be "nic", "nvme", "sample" or "accelerator", not "nci"; did',
         ),
         (RAM + NIC + "migration = true", '6: "migration" in [[device]] must be "auto", "on" or "off", not true'),
         (

@@ -223,3 +223,40 @@ def test_no_bit_is_lost_between_writers_and_a_reader() -> None:
         marked[bitmap.pages_of(dirty.take())] += 1
     marked[bitmap.pages_of(dirty.take())] += 1
     assert (marked == 1).all()
+
+
+def test_packed_words_in_any_other_order_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^the words of a packed bitmap are not in order$"):
+        bitmap.unpack(struct.pack("<QQ3Q3I", 64, 3, 1, 1, 1, 0, 2, 1), 64 * 64)
+
+
+def test_a_union_of_bitmaps_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bitmap, "_BLOCK", 1)
+    parts = [with_pages(640, {5, 600}), with_pages(640, {6, 300})]
+    assert np.array_equal(bitmap.union(parts, 640), with_pages(640, {5, 6, 300, 600}))
+
+
+def test_a_page_past_the_last_word_is_refused() -> None:
+    words = bitmap.empty(64)
+    with pytest.raises(IndexError, match=r"^pages 64 to 65 are not all in the bitmap of 64 pages$"):
+        bitmap.set_range(words, 64, 1)
+    with pytest.raises(IndexError, match=r"^a page is outside the bitmap of 64 pages$"):
+        bitmap.set_pages(words, np.array([64]))
+    with pytest.raises(ValueError, match=r"^a bitmap of 64 pages has 8 bytes, not 9$"):
+        bitmap.from_bytes(bytes(9), 64)
+
+
+@pytest.mark.parametrize(("first", "pages"), [(-1, 1), (3, -1), (99, 2), (100, 1)])
+def test_a_dirty_bitmap_refuses_ranges_that_are_not_in_it(first: int, pages: int) -> None:
+    with pytest.raises(IndexError, match=f"^pages {first} to {first + pages} are not all among 100 pages$"):
+        DirtyBitmap(100).mark_range(first, pages)
+    with pytest.raises(IndexError, match=r"^a page is not among 100 pages$"):
+        DirtyBitmap(100).mark_pages(np.array([100]))
+
+
+def test_a_dirty_bitmap_takes_all_of_it_and_nothing() -> None:
+    dirty = DirtyBitmap(100)
+    dirty.mark_range(7, 0)
+    assert bitmap.count(dirty.take()) == 0
+    dirty.mark_range(0, 100)
+    assert np.array_equal(dirty.take(), bitmap.full(100))

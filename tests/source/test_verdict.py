@@ -109,6 +109,18 @@ def test_chunks_without_pages_are_data_loss_too() -> None:
     assert asked == list(range(CHUNK_PAGES, CHUNK_PAGES + 8))  # of the first chunk, until one is found
 
 
+def test_who_could_have_written_to_the_next_chunk_is_no_suspect() -> None:
+    found = [migration_pb2.ChunkMismatch(chunk=1)]
+
+    def next_to_it(page: int) -> list[str]:
+        return ["nic0"] if page >= 2 * CHUNK_PAGES else []
+
+    with pytest.raises(DataLossError, match=r"; only vCPUs could have written to it$"):
+        judge_memory(found, page_digests, LAYOUT, History(), next_to_it, host_pb2.MigrationResult())
+    with pytest.raises(DataLossError, match=r"by: vcpu, nic0, nvme0$"):
+        judge_memory(found, page_digests, LAYOUT, History(), lambda _: ["nic0", "nvme0"], host_pb2.MigrationResult())
+
+
 def test_a_chunk_whose_pages_are_equal_by_now_still_differs() -> None:
     with pytest.raises(DataLossError, match=r"^1 chunks of 2 MiB at the destination differ"):
         judge_memory([mismatch(2, set())], page_digests, LAYOUT, History(), nobody, host_pb2.MigrationResult())
@@ -158,6 +170,12 @@ def test_a_device_that_differs_is_data_loss() -> None:
     assert result.verified == ""
 
 
+def test_every_device_that_differs_is_named() -> None:
+    differing = [migration_pb2.DeviceMismatch(name=name, what="BARs") for name in ("nic0", "nvme0")]
+    with pytest.raises(DataLossError, match=r": nic0 \(BARs\), nvme0 \(BARs\)$"):
+        judge_devices(migration_pb2.VerifyResponse(devices=differing), devices("nic0", "nvme0"))
+
+
 def test_ram_that_stood_still_is_unchanged() -> None:
     check_unchanged(np.arange(8, dtype=np.uint64), np.arange(8, dtype=np.uint64), lambda *_: ["not asked for"])
 
@@ -168,6 +186,8 @@ def test_a_late_write_is_noticed() -> None:
     later[[3, 6]] += np.uint64(1)
     with pytest.raises(DataLossError, match=r"^2 chunks of 2 MiB .* the first is chunk 3: .*; 1536 \+ 512"):
         check_unchanged(stopped, later, lambda first, pages: [f"{first} + {pages}"])
+    with pytest.raises(DataLossError, match=r"; nic0 wrote it; vcpu wrote it$"):
+        check_unchanged(stopped, later, lambda *_: ["nic0 wrote it", "vcpu wrote it"])
 
 
 def test_a_digest_goes_over_the_wire_as_it_is() -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.vfio import dirty_log
 from common.vfio.dirty_log import DirtyLog, LogLimits
 from common.vfio.feature import Range
 
@@ -186,7 +187,7 @@ def test_discarding_forgets_a_part_and_nothing_beside_it() -> None:
 
 
 @pytest.mark.parametrize("size", [PAGE, 2 * PAGE])
-@pytest.mark.parametrize("before", [0, 1, 8, 13])
+@pytest.mark.parametrize("before", [0, 1, 8, 9, 13])
 def test_a_report_of_whole_windows_wherever_it_begins(before: int, size: int) -> None:
     log = DirtyLog()
     log.start(PAGE, [Range(0, 1 << 40)])
@@ -197,3 +198,59 @@ def test_a_report_of_whole_windows_wherever_it_begins(before: int, size: int) ->
     found = pages_of(log.report(first, 3 * WINDOW, size))
     assert found == {(iova - first) // size for iova in marked if iova >= first}
     assert log.report(0, 1 << 30, PAGE).count(0) == (1 << 15) - (before < 8)
+
+
+def test_a_log_that_was_never_started_stops_and_takes_marks() -> None:
+    log = DirtyLog()
+    log.mark(0, 1)
+    log.stop()
+    assert not log.active
+
+
+def test_a_write_across_several_ranges_is_in_each() -> None:
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, PAGE), Range(PAGE, PAGE), Range(2 * PAGE, PAGE), Range(4 * PAGE, PAGE)])
+    log.mark(0, 5 * PAGE)
+    assert pages_of(log.report(0, 8 * PAGE, PAGE)) == {0, 1, 2, 4}
+
+
+def test_a_write_behind_a_range_is_not_in_it_however_large_a_page_is() -> None:
+    log = DirtyLog(LogLimits(page_sizes=(2 << 20,)))
+    log.start(PAGE, [Range(3 * PAGE, 2 * PAGE)])
+    log.mark(5 * PAGE, 1)
+    assert pages_of(log.report(0, 4 << 20, PAGE)) == set()
+
+
+def test_the_largest_bitmap_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dirty_log, "MAX_BITMAP_BYTES", 16)
+    log = DirtyLog()
+    log.start(PAGE, [Range(0, 1 << 20)])
+    assert len(log.report(0, 128 * PAGE, PAGE)) == 16
+    assert refused(log.report, 0, 129 * PAGE, PAGE) == errno.E2BIG
+
+
+def test_a_log_of_one_range() -> None:
+    log = DirtyLog(LogLimits(max_ranges=1))
+    assert log.start(PAGE, [Range(0, PAGE)]) == PAGE
+
+
+def test_every_refusal_of_a_log_says_why() -> None:
+    log = DirtyLog(LogLimits(max_ranges=1, max_bits=13))
+    started = DirtyLog()
+    started.start(PAGE, [Range(0, PAGE)])
+    for call, said in [
+        (lambda: log.start(PAGE, [Range(0, PAGE), Range(PAGE, PAGE)]), "2 ranges to log, the device has 1"),
+        (lambda: log.start(PAGE, [Range(0, 3 * PAGE)]), r"0x3000 bytes to log, the device can do 2\^13"),
+        (lambda: log.report(0, PAGE, PAGE), "DMA logging is not started"),
+        (lambda: started.start(PAGE, [Range(0, PAGE)]), "DMA logging is started already"),
+        (lambda: started.report(1, PAGE, PAGE), r"0x1 \+ 0x1000 is no run of 4096-byte pages"),
+        (lambda: started.report(0, 1 << 60, PAGE), "a bitmap of 35184372088832 bytes, at most 268435456 are possible"),
+    ]:
+        with pytest.raises(OSError, match=rf"\] {said}$"):
+            call()
+    for options, said in [
+        ({"max_ranges": 0}, "a log has at least one range and one page size"),
+        ({"page_sizes": (2048,)}, "page size 2048 is no power of two from 4096"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            LogLimits(**options)  # type: ignore[arg-type]

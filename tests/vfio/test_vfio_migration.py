@@ -137,3 +137,8 @@ def test_a_way_never_holds_two_streams(flags: MigrationFlags) -> None:
 def test_groups_of_states() -> None:
     assert {S.PRE_COPY, S.PRE_COPY_P2P, S.STOP_COPY} == SAVING_STATES
     assert {S.RUNNING, S.RUNNING_P2P, S.PRE_COPY, S.PRE_COPY_P2P} == RUNNING_STATES
+
+
+def test_a_refusal_names_both_states() -> None:
+    with pytest.raises(InvalidTransition, match=r"no way from STOP_COPY to PRE_COPY$"):
+        next_state(S.STOP_COPY, S.PRE_COPY, MigrationFlags(7))

@@ -190,8 +190,8 @@ def test_interrupts() -> None:
     fds = [os.eventfd(0) for _ in range(40)]
     with connected(device) as client:
         client.set_irqs(2, EVENTFD_TRIGGER, 0, 40, fds=fds)
-        assert [call[2:4] for call in device.irq_calls] == [(0, 16), (16, 16), (32, 8)]
-        assert [os.eventfd_read(fd) for fd in fds] == [1] * 16 + [17] * 16 + [33] * 8
+        assert [call[2:4] for call in device.irq_calls] == [(start, 8) for start in range(0, 40, 8)]
+        assert [os.eventfd_read(fd) for fd in fds] == [start + 1 for start in range(0, 40, 8) for _ in range(8)]
         device.irq_calls.clear()
         client.set_irqs(2, EVENTFD_TRIGGER, 3, 1)
         client.set_irqs(2, 0x21, 0, 0)
@@ -477,13 +477,14 @@ def test_a_device_that_goes() -> None:
     server = VfioUserServer(FakeDevice(), theirs)
     thread = threading.Thread(target=server.serve)
     thread.start()
-    closed: list[bool] = []
-    with VfioUserClient(ours, "fake0", on_close=lambda: closed.append(True)) as client:
+    told = threading.Semaphore(0)
+    with VfioUserClient(ours, "fake0", on_close=told.release) as client:
         server.shutdown()
         thread.join(10)
         assert client.closed.wait(10)
         assert refused(lambda: client.region_read(0, 0, 4)) == errno.ENOTCONN
-    assert closed == [True]
+        assert told.acquire(timeout=10)
+    assert not told.acquire(blocking=False)  # once
 
 
 def test_a_client_that_goes() -> None:

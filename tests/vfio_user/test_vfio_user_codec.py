@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from captures import DESTINATION, QEMU, SOURCE, Captured, answered, load
+from captures import DESTINATION, QEMU, SOURCE, answered, load
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +26,7 @@ from common.vfio_user.description import (
     pack_io_fds,
     unpack_io_fds,
 )
+from common.vfio_user.transcript import Recorded
 
 U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 SMALL = st.integers(0, 1 << 20)
@@ -246,10 +247,10 @@ def test_the_extension_as_documented() -> None:
 # Captured conversations
 
 
-def repacked(command: Captured, reply: Captured) -> tuple[bytes | None, bytes | None]:
+def repacked(command: Recorded, reply: Recorded) -> tuple[bytes | None, bytes | None]:
     """Return both bodies after having been read and written by the codec; None for one that has no fixed form."""
     body, answer = command.body, reply.body
-    match Command(command.command):
+    match Command(command.header.command):
         case Command.DMA_MAP:
             return DmaMap.unpack(body).pack(), b""
         case Command.DMA_UNMAP:
@@ -266,9 +267,9 @@ def repacked(command: Captured, reply: Captured) -> tuple[bytes | None, bytes | 
             return IrqSet.unpack(body).pack(), b""
         case Command.REGION_READ | Command.REGION_WRITE:
             access = RegionAccess.unpack(body)
-            data = body[16:] if command.command == Command.REGION_WRITE else answer[16:]
-            assert reply.flags & 0x20 or len(data) == access.size
-            refused = b"" if reply.flags & 0x20 else RegionAccess.unpack(answer).pack() + answer[16:]
+            data = body[16:] if command.header.command == Command.REGION_WRITE else answer[16:]
+            assert reply.header.flags & 0x20 or len(data) == access.size
+            refused = b"" if reply.header.flags & 0x20 else RegionAccess.unpack(answer).pack() + answer[16:]
             return access.pack() + body[16:], refused
         case Command.DMA_READ | Command.DMA_WRITE:
             access = DmaAccess.unpack(body)
@@ -293,8 +294,7 @@ def test_captured_messages_are_read_and_written_as_they_were(path: Path) -> None
     pairs = answered(path)
     assert len(pairs) * 2 == len(load(path))
     for command, reply in pairs:
-        header = Header(command.message_id, command.command, 16 + len(command.body), command.flags, command.error)
-        assert Header.unpack(header.pack(), codec.MAX_COMMAND_SIZE) == header
+        assert Header.unpack(command.header.pack(), codec.MAX_COMMAND_SIZE) == command.header
         body, answer = repacked(command, reply)
         assert body is None or body == command.body
         assert answer is None or answer == reply.body
@@ -303,7 +303,7 @@ def test_captured_messages_are_read_and_written_as_they_were(path: Path) -> None
 def test_captured_features() -> None:
     starts, reports, states = [], [], []
     for command, reply in answered(SOURCE):
-        if command.command != Command.DEVICE_FEATURE:
+        if command.header.command != Command.DEVICE_FEATURE:
             continue
         number = Feature.unpack(command.body).flags & vfio.FEATURE_MASK
         match number:
