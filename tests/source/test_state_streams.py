@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import grpc
 import pytest
 from switchover.v1 import migration_pb2 as pb
 
@@ -106,11 +107,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Opened]]:
 
     def start(flags: int = 7, *, loads_ahead: bool = True) -> Opened:
         device, destination = Device(), Destination()
-        monkeypatch.setattr(state_streams, "open_bulk_channel", lambda _address: Channel())
         monkeypatch.setattr(state_streams.migration_pb2_grpc, "MigrationServiceStub", lambda _channel: destination)
         info = DeviceInfo("nic0", "nic", flags, "RUNNING", comparable_dump=True)
         machine = cast("MachineClient", device)
-        made.append(DeviceStream("there", "5e55", info, machine, Limiter(None), loads_ahead))
+        made.append(
+            DeviceStream(lambda: cast("grpc.Channel", Channel()), "5e55", info, machine, Limiter(None), loads_ahead)
+        )
         return made[-1], device, destination
 
     yield start
