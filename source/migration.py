@@ -84,7 +84,6 @@ class Migration:
         self._held = ExitStack()
         self._prepared = False
         self._machine = host.machine.another()
-        self._open_bulk = partial(open_bulk_channel, self._address, host.security.channel)
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
         self._account = Account(host.events, session_id, request, self._device_progress)
@@ -163,7 +162,7 @@ class Migration:
         machine.enter_precopy()
         self._open_streams = Streams(
             self._stub,
-            self._open_bulk,
+            partial(open_bulk_channel, self._address, self._host.security.channel),
             self.session_id,
             self._request,
             machine,

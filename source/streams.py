@@ -25,7 +25,7 @@ class Streams:
     def __init__(
         self,
         stub: migration_pb2_grpc.MigrationServiceStub,
-        open_bulk: Callable[[], grpc.Channel],
+        open_channel: Callable[[], grpc.Channel],
         session_id: str,
         request: host_pb2.MigrateRequest,
         machine: MachineClient,
@@ -35,13 +35,10 @@ class Streams:
         limiter: Limiter,
         on_applied: Callable[[int, int], None],
     ) -> None:
-        """`open_bulk` opens a channel for one stream, `peers` are the migration flags of the destination's devices.
-
-        `on_applied`: as for `PageLanes`.
-        """
+        """`peers` are the migration flags of the destination's devices; `on_applied` as for `PageLanes`."""
         with ExitStack() as opened:
             self.lanes = PageLanes(
-                open_bulk, session_id, ram, request.lanes, limiter, compress=request.compress, on_applied=on_applied
+                open_channel, session_id, ram, request.lanes, limiter, compress=request.compress, on_applied=on_applied
             )
             opened.callback(self.lanes.close, abort=True)
             self.mappings = MappingStream(stub, session_id)
@@ -49,7 +46,7 @@ class Streams:
             self.devices: list[DeviceStream] = []
             for device in devices:
                 loads_ahead = device.has_precopy and bool(peers.get(device.name, 0) & MigrationFlags.PRE_COPY)
-                stream = DeviceStream(open_bulk, session_id, device, machine.another(), limiter, loads_ahead)
+                stream = DeviceStream(open_channel, session_id, device, machine.another(), limiter, loads_ahead)
                 opened.callback(stream.close, abort=True)
                 self.devices.append(stream)
             opened.pop_all()
