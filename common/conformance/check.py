@@ -23,7 +23,7 @@ Body = Callable[["Lab"], str | None]
 class Outcome(StrEnum):
     """What comes of a check."""
 
-    PASS = "pass"  # noqa: S105 - no password
+    PASS = "pass"
     FAIL = "fail"
     UNKNOWN = "unknown"
 

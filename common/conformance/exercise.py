@@ -22,6 +22,7 @@ from common.vfio_user.description import IrqFlags, IrqSet
 
 __all__ = ["EXERCISERS", "Exerciser", "exerciser_of"]
 
+_STRIDE = 421  # pages from one buffer to the next: early and late ones, and none twice
 _PATIENCE = 5.0  # seconds that a device has for its DMA
 _COMMAND_REGISTER = 0x04
 _MEMORY_AND_BUS_MASTER = 0x6
@@ -71,7 +72,7 @@ class Exerciser(ABC):
     def scribble(self) -> None:
         """Change, from RUNNING, what can be read of the device, so that a fresh one differs."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing
         """Give back what it holds."""
 
 
@@ -92,7 +93,7 @@ class _Ring(Exerciser):
 
     def buffer(self, number: int) -> int:
         """Return the IOVA of a page of the second area."""
-        return SECOND + number * 3 % (AREA // PAGE) * PAGE
+        return SECOND + number * _STRIDE % (AREA // PAGE) * PAGE
 
     def attach(self) -> None:
         super().attach()
@@ -193,6 +194,8 @@ class _LibvfioUserSample(Exerciser):
 
     def scribble(self) -> None:
         self.device.write(self._MEMORY_BAR, 0, bytes(number * 7 % 251 for number in range(self._MEMORY_SIZE)))
+        # It does not run again with a time that is over.
+        self.device.write(self._TIMER_BAR, 0, (int(time.time()) + 3600).to_bytes(8, "little"))
 
     def close(self) -> None:
         os.close(self._irq)

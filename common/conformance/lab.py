@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from common.conformance.check import Check, Failure, Outcome, Result, Unknown
 from common.conformance.device import Device
@@ -123,6 +123,11 @@ class Lab:
         self._resources.callback(exerciser.close)
         exerciser.attach()
         return exerciser
+
+    def scribble(self, device: Device) -> None:
+        """Give the device a state that tells it from a fresh one, where it is known how."""
+        with suppress(Unknown):
+            self.exerciser(device, self.memory()).scribble()
 
     def fate(self) -> str | None:
         """Say how the server ended; None if it lives, or nobody can tell."""

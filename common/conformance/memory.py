@@ -17,8 +17,8 @@ from common.vfio_user.transport import Message
 __all__ = ["AREA", "FIRST", "PAGE", "SECOND", "DmaMemory"]
 
 PAGE: Final = 4096
-AREA: Final = 1 << 20
-FIRST: Final = 1 << 20
+AREA: Final = 4 << 20
+FIRST: Final = 4 << 20
 """I/O virtual address of the first area; the second one follows it at once."""
 SECOND: Final = FIRST + AREA
 
@@ -26,7 +26,7 @@ _FILLER = b"\x5a"
 
 
 class DmaMemory:
-    """Two areas of 1 MiB each. An IOVA and its offset in the file differ by `FIRST`.
+    """Two areas of 4 MiB each. An IOVA and its offset in the file differ by `FIRST`.
 
     `shared`: whether the device gets the file when an area is mapped, or has to do its DMA by message.
     `by_message`: IOVAs of the pages that the device has written by DMA_WRITE; whoever carries such a write out knows of

@@ -79,7 +79,7 @@ class Probe:
         self._header: Header | None = None
         self._data = bytearray()
         self._fds: list[int] = []
-        sock.setblocking(False)
+        sock.settimeout(0)
 
     def close(self) -> None:
         """Close the connection and the descriptors that came and nobody took."""
