@@ -38,7 +38,7 @@ def device_info(lab: Lab) -> str:
     return f"flags 0x{info.flags:x}, {info.num_regions} regions, {info.num_irqs} interrupts"
 
 
-@check("argsz says how much room the client has: less than a reply needs is refused.")
+@check("A request's argsz says how much room the client has: less than the reply needs is refused.")
 def argsz(lab: Lab) -> None:
     """Ask with room for 4 bytes."""
     device = lab.device()

@@ -58,21 +58,19 @@ class DmaMemory:
 
     def remember(self) -> None:
         """Take what is there now for what `changed` compares with."""
-        self._before = np.frombuffer(bytes(self.bytes), np.uint8)
+        self._before = np.frombuffer(bytearray(self.bytes), np.uint8)
         self.by_message.clear()
 
     def changed(self) -> set[int]:
         """Return the IOVAs of the pages that have changed since `remember`."""
-        now = np.frombuffer(bytes(self.bytes), np.uint8)
-        pages = np.flatnonzero((now != self._before).reshape(-1, PAGE).any(axis=1))
+        now = np.frombuffer(bytes(self.bytes), np.uint64)
+        pages = np.flatnonzero((now != self._before.view(np.uint64)).reshape(-1, PAGE // 8).any(axis=1))
         return {FIRST + int(page) * PAGE for page in pages}
 
     def write(self, iova: int, data: bytes) -> None:
         """Write as the guest does; the device did not, so the pages count as unchanged."""
-        self.bytes[iova - FIRST : iova - FIRST + len(data)] = data
-        before = self._before.copy()
-        before[iova - FIRST : iova - FIRST + len(data)] = np.frombuffer(data, np.uint8)
-        self._before = before
+        self.bytes[iova - FIRST : iova - FIRST + len(data)] = data  # the device may write over it from here on
+        self._before[iova - FIRST : iova - FIRST + len(data)] = np.frombuffer(data, np.uint8)
 
     def serve(self, command: Message) -> Buffer:
         """Carry out a DMA message of the device and return the body of the answer; OSError: EINVAL."""

@@ -179,6 +179,8 @@ def large_messages(lab: Lab) -> str:
             device.ask(Command.MIG_DATA_WRITE, MigData(size).pack(), bytes(size))
         except Failure as error:
             raise Failure(f"{what}: {error}: its data are taken for messages") from None
+        except (Lost, Hung) as error:
+            raise type(error)(f"{what}: {error}") from None
         _still_answers(device, what)
     return f"{_LARGE_ROUNDS} messages of {size} bytes"
 
