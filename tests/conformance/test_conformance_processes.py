@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from common.conformance.check import Outcome, Result
+from common.conformance.check import Check, Outcome, Result
 from common.conformance.lab import run
 from common.conformance.probe import Limits
 from common.conformance.suite import CHECKS
 from common.conformance.target import CommandTarget, SocketTarget, UnreachableError
 
 DOOMED = Path(__file__).with_name("doomed_server.py")
+PYTHON = shlex.quote(sys.executable)
 LIMITS = Limits(answer=1.0, start=20.0)
 VERSION, INFO, FILES = "negotiation.version", "description.device-info", "description.region-files"
 
@@ -45,7 +48,7 @@ def alive(text: str) -> list[str]:
 
 def results(how: str, *names: str) -> list[Result]:
     checks = [check for name in names for check in CHECKS if check.full_name == name]
-    return list(run(checks, CommandTarget(f"{sys.executable} {DOOMED} {how} {{socket}}"), LIMITS))
+    return list(run(checks, CommandTarget(f"{PYTHON} {shlex.quote(str(DOOMED))} {how} {{socket}}"), LIMITS))
 
 
 @pytest.mark.parametrize(
@@ -88,17 +91,35 @@ def test_without_a_command_a_dead_server_stays_dead(tmp_path: Path) -> None:
     assert "gone since description.device-info" in after.detail
 
 
-def test_a_socket_is_enough_for_most_checks(tmp_path: Path) -> None:
-    """The server goes on for the next client, as ours does with --no-once."""
+def over_a_socket(tmp_path: Path, checks: Sequence[Check]) -> dict[str, Result]:
+    """Check a server that goes on for the next client, as ours does with --no-once."""
     path = tmp_path / "device.sock"
     arguments = ["nic", "--name", "nic0", "--socket", path, "--no-once"]
     server = subprocess.Popen([sys.executable, "-m", "common.devices", *arguments])
     try:
         wait_for(path)
-        found = {result.check.full_name: result for result in run(CHECKS, SocketTarget(path), Limits())}
+        return {result.check.full_name: result for result in run(checks, SocketTarget(path), Limits())}
     finally:
         server.terminate()
         server.wait(10)
+
+
+def test_a_server_serves_one_client_after_the_other(tmp_path: Path) -> None:
+    found = over_a_socket(tmp_path, [check for check in CHECKS if check.subject == "reconnecting"])
+    assert {result.outcome for result in found.values()} == {Outcome.PASS}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["nic", "nvme", "accelerator"])
+def test_our_processes_pass_every_check(kind: str) -> None:
+    command = f"{PYTHON} -m common.devices {kind} --name {kind}0 --socket {{socket}}"
+    found = list(run(CHECKS, CommandTarget(command), Limits()))
+    assert not [(result.check.full_name, result.detail) for result in found if result.outcome is Outcome.FAIL]
+
+
+@pytest.mark.matrix
+def test_a_socket_is_enough_for_most_checks(tmp_path: Path) -> None:
+    found = over_a_socket(tmp_path, CHECKS)
     assert not [(name, result.detail) for name, result in found.items() if result.outcome is Outcome.FAIL]
     unknown = {name for name, result in found.items() if result.outcome is Outcome.UNKNOWN}
     assert unknown == {
@@ -110,7 +131,7 @@ def test_a_socket_is_enough_for_most_checks(tmp_path: Path) -> None:
 
 
 def test_a_server_for_one_client_is_restarted() -> None:
-    command = f"{sys.executable} -m common.devices nic --name nic0 --socket {{socket}}"
+    command = f"{PYTHON} -m common.devices nic --name nic0 --socket {{socket}}"
     names = ("migration-data.move", "reconnecting.next-client", "device-dma.logged")
     checks = [check for check in CHECKS if check.full_name in names]
     found = {result.check.full_name: result for result in run(checks, CommandTarget(command), Limits())}
