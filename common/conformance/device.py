@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Final, TypeVar
 
 import numpy as np
@@ -83,6 +84,7 @@ class Device(Probe):
         self._describe()
 
     def _describe(self) -> None:
+        # What makes no sense is left out here: there are checks for it.
         reply = self.ask(Command.DEVICE_GET_INFO, DeviceInfo().pack())
         if reply.error or len(reply.body) < 16:
             return
@@ -90,11 +92,13 @@ class Device(Probe):
         for index in range(min(info.num_regions, _MAX_DESCRIBED)):
             reply = self.ask(Command.DEVICE_GET_REGION_INFO, RegionQuery(index, 4096).pack_info())
             if not reply.error:
-                self.regions[index] = parsed(RegionInfo.unpack, reply.body)[0]
+                with suppress(Failure):
+                    self.regions[index] = parsed(RegionInfo.unpack, reply.body)[0]
         for index in range(min(info.num_irqs, _MAX_DESCRIBED)):
             reply = self.ask(Command.DEVICE_GET_IRQ_INFO, IrqInfo(index).pack())
             if not reply.error:
-                self.irqs[index] = parsed(IrqInfo.unpack, reply.body)
+                with suppress(Failure):
+                    self.irqs[index] = parsed(IrqInfo.unpack, reply.body)
 
     # What a check needs to be possible
 

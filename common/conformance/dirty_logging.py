@@ -9,9 +9,19 @@ from common.conformance.memory import AREA, FIRST, PAGE, SECOND
 from common.conformance.probe import name_of_error
 from common.vfio import feature as vfio
 from common.vfio.feature import DeviceFeature, LoggingReport, Range
-from common.vfio_user.codec import FEATURE_SIZE, UNMAP_GET_DIRTY_BITMAP, Command, DmaUnmap, Feature
+from common.vfio_user.codec import (
+    DMA_READABLE,
+    DMA_WRITABLE,
+    FEATURE_SIZE,
+    UNMAP_GET_DIRTY_BITMAP,
+    Command,
+    DmaMap,
+    DmaUnmap,
+    Feature,
+)
 
 _HALF_PAGE = PAGE // 2
+_LARGE = 4 << 30
 
 
 def _mapped(lab: Lab) -> Device:
@@ -149,6 +159,20 @@ def two_mappings(lab: Lab) -> str:
     device.start_logging()
     error = _quiet(device, FIRST, 2 * AREA)
     return f"refused with {name_of_error(error)}" if error else "given"
+
+
+@check("A report of a large mapping is refused, or brings a bitmap of all of it.")
+def large_report(lab: Lab) -> str:
+    """Map 4 GiB, of which nothing is used, and ask for one report."""
+    device = lab.device()
+    device.need_logging()
+    memory = lab.sparse_memory(_LARGE)
+    body = DmaMap(DMA_READABLE | DMA_WRITABLE, 0, _LARGE, _LARGE).pack()
+    if error := device.ask(Command.DMA_MAP, body, fds=[memory]).error:
+        raise Unknown(f"a mapping of {_LARGE >> 30} GiB is refused: {name_of_error(error)}")
+    device.start_logging(ranges=[Range(_LARGE, _LARGE)])
+    error = _quiet(device, _LARGE, _LARGE)
+    return f"refused with {name_of_error(error)}" if error else f"{_LARGE >> 30} GiB in one report"
 
 
 @check("A report with too little room for its bitmap, without length, or beyond 2^64 is refused.")

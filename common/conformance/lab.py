@@ -6,6 +6,7 @@ hang, is replaced if that is possible.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from common.conformance.check import Check, Failure, Outcome, Result, Unknown
 from common.conformance.device import Device
 from common.conformance.exercise import Exerciser, exerciser_of
-from common.conformance.memory import DmaMemory
+from common.conformance.memory import DmaMemory, sealed_file
 from common.conformance.probe import Hung, Limits, Lost, Probe, Transcript
 from common.conformance.target import Instance, Target, UnreachableError
 from common.vfio_user.capabilities import MAX_TRANSFER
@@ -117,6 +118,12 @@ class Lab:
         self._resources.callback(memory.close)
         return memory
 
+    def sparse_memory(self, size: int) -> int:
+        """Return the descriptor of so much memory, all holes; nobody looks at what is written there."""
+        fd = sealed_file(size)
+        self._resources.callback(os.close, fd)
+        return fd
+
     def exerciser(self, device: Device, memory: DmaMemory) -> Exerciser:
         """Return what makes this device do DMA, with the memory mapped; `Unknown` for a device that is not known."""
         exerciser = exerciser_of(device, memory)
@@ -200,6 +207,7 @@ def _outcome(check: Check, lab: Lab) -> tuple[Outcome, str, bool]:
     except Failure as error:
         return Outcome.FAIL, str(error), False
     except Lost as error:
-        return Outcome.FAIL, f"{error}: {lab.fate() or 'nobody can tell why'}", True
+        fate = lab.fate()
+        return Outcome.FAIL, f"{error}: {fate}" if fate else str(error), True
     except Hung as error:
         return Outcome.FAIL, f"the server hangs: {lab.fate() or error}", True

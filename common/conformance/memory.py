@@ -14,7 +14,7 @@ from common.vfio.feature import Buffer
 from common.vfio_user.codec import DMA_ACCESS_SIZE, Command, DmaAccess
 from common.vfio_user.transport import Message
 
-__all__ = ["AREA", "FIRST", "PAGE", "SECOND", "DmaMemory"]
+__all__ = ["AREA", "FIRST", "PAGE", "SECOND", "DmaMemory", "sealed_file"]
 
 PAGE: Final = 4096
 AREA: Final = 4 << 20
@@ -23,6 +23,14 @@ FIRST: Final = 4 << 20
 SECOND: Final = FIRST + AREA
 
 _FILLER = b"\x5a"
+
+
+def sealed_file(size: int) -> int:
+    """Return the descriptor of a new file of `size` bytes, all holes, that nobody can cut off."""
+    fd = os.memfd_create("switchover-check", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
 
 
 class DmaMemory:
@@ -34,9 +42,7 @@ class DmaMemory:
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("switchover-check", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, 2 * AREA)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.fd = sealed_file(2 * AREA)
         self.bytes = mmap.mmap(self.fd, 2 * AREA)
         self.shared = True
         self.by_message: set[int] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 
@@ -103,6 +104,23 @@ def other_pieces(lab: Lab) -> str:
     # A large state would take long in small pieces, and a small one has to be cut too.
     chunk = min(_ODD_CHUNK, len(data) // 3 | 1) if len(data) <= _ODD_STATE else SAFE_CHUNK - 3
     return f"pieces of {chunk} bytes; {_move(lab, source, data, chunk)}"
+
+
+@check("MIG_DATA_READ gives the next bytes of the state, whatever number of them is asked for at a time.")
+def read_in_pieces(lab: Lab) -> str:
+    """Save it in pieces of odd sizes, and load it again."""
+    device = _prepared(lab)
+    device.set_state(DeviceState.STOP_COPY)
+    parts = []
+    for size in itertools.chain((1, 7, 64), itertools.repeat(_ODD_CHUNK)):
+        if not (part := device.read_data(size)):
+            break
+        parts.append(part)
+        if sum(map(len, parts)) > _ODD_STATE:
+            raise Unknown(f"the state is larger than {_ODD_STATE >> 20} MiB, which would take long in small pieces")
+    device.set_state(DeviceState.STOP)
+    device.load(b"".join(parts))
+    return f"{sum(map(len, parts))} bytes in {len(parts)} pieces"
 
 
 @check("A migration that is cancelled in PRE_COPY leaves the device running as if nothing had happened.")

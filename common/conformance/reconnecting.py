@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.conformance.check import Failure, check
 from common.conformance.lab import Lab
+from common.conformance.memory import AREA, FIRST
 from common.vfio.migration import DeviceState
 from common.vfio_user.codec import HEADER_SIZE, Command, Header
 from common.vfio_user.description import DeviceInfo
@@ -48,6 +49,21 @@ def state_of_the_next(lab: Lab) -> None:
     device.look()
     if device.state is not DeviceState.RUNNING:
         raise Failure(f"the next client finds the device in {device.state.name}")
+
+
+@check("The log of DMA goes with the client that started it: the next one starts its own.")
+def log_of_the_next(lab: Lab) -> None:
+    """Go while the log runs, connect again, and start it again."""
+    device = lab.device()
+    device.need_logging()
+    device.map_both(lab.memory())
+    device.start_logging()
+    device = lab.again()
+    device.negotiate()
+    device.look()
+    device.map_both(lab.memory())
+    device.start_logging()
+    device.report(FIRST, AREA)
 
 
 @check("Mappings go with the client that made them: the next one maps the same addresses.")

@@ -292,6 +292,15 @@ def never_ending(server: WrongServer, message: Message, proceed: Proceed) -> Rep
     return [MigData(1).pack(), b"x", bytes(len(parts[2]) - 1)], fds
 
 
+def losing_odd_bytes(server: WrongServer, message: Message, proceed: Proceed) -> Reply:
+    """Give out words, and lose what was asked for beyond them."""
+    parts, fds = proceed(message)
+    if message.header.command != Command.MIG_DATA_READ:
+        return parts, fds
+    whole = MigData.unpack(parts[0]).size & ~3
+    return [MigData(whole).pack(), *parts[1:]], fds
+
+
 def begin_again(server: WrongServer) -> None:
     """Begin the stream again when pre-copy ends."""
     server.device.set_state(S.RUNNING)
@@ -501,6 +510,7 @@ DEFECTS: dict[str, Defect] = {
     "migration-data.move": Defect("region 0 differs at 0x10", device=not_loading),
     "migration-data.move-with-pre-copy": Defect("STOP is refused", first(begin_again, arc(S.PRE_COPY, S.STOP_COPY))),
     "migration-data.other-pieces": Defect("MIG_DATA_WRITE is refused", refusing(odd_write)),
+    "migration-data.read-in-pieces": Defect("STOP is refused", losing_odd_bytes),
     "migration-data.cancel-pre-copy": Defect("closed the connection", hanging_up(arc(S.PRE_COPY, S.RUNNING))),
     "migration-data.cancel-stop-copy": Defect("closed the connection", hanging_up(arc(S.STOP_COPY, S.STOP))),
     "migration-data.truncated-data": Defect("are taken for a state", device=lenient),
@@ -525,6 +535,9 @@ DEFECTS: dict[str, Defect] = {
     ),
     "dirty-logging.two-mappings": Defect(
         "lost without a word", mangling(all_of(REPORT, qword(16, 2 * AREA)), lambda _b: b"")
+    ),
+    "dirty-logging.large-report": Defect(
+        "lost without a word", mangling(all_of(REPORT, qword(16, 4 << 30)), lambda body: body[: REPORTED + 65536])
     ),
     "dirty-logging.report-room": Defect("too little room is not refused", obliging(REPORT, None)),
     "dirty-logging.unmap-with-bitmap": Defect(
@@ -552,6 +565,7 @@ DEFECTS: dict[str, Defect] = {
     ),
     "reconnecting.silent-client": Defect("hangs", wedged=lambda server: not server.negotiated, patience=HUNG_S),
     "reconnecting.state-of-the-next": Defect("finds the device in STOP", then(stop, all_of(later, VERSION))),
+    "reconnecting.log-of-the-next": Defect("DMA_LOGGING_START is refused", refusing(all_of(later, START))),
     "reconnecting.mappings-of-the-next": Defect(
         "DMA_MAP is refused: EEXIST", refusing(all_of(later, command(Command.DMA_MAP)), errno.EEXIST)
     ),
