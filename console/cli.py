@@ -31,7 +31,7 @@ DEFAULT_LISTEN = "127.0.0.1:7700"
 app = typer.Typer(
     help="Live migration of running machines with VFIO and vfio-user devices, verified page by page.",
     epilog="Exit codes: 0 completed, 1 failed, 2 wrong usage, 3 cancelled, 4 not converged, 5 verification failed, "
-    "6 daemon cannot be reached.",
+    "6 daemon or device cannot be reached.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -435,6 +435,37 @@ def device(
     from console.device import run
 
     return run(kind, socket, name, knobs or ())
+
+
+@app.command()
+def check(
+    socket: Annotated[
+        Path | None, typer.Argument(metavar="[SOCKET]", help="Where the device's vfio-user server listens.")
+    ] = None,
+    *,
+    command: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="Or how a server is started, with {socket} where the path belongs."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Run these checks: a name, a pattern with *, or a subject. Repeatable."),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            parser=_positive(parse_duration), metavar="DURATION", help="Longest time that an answer may take."
+        ),
+    ] = "5s",  # type: ignore[assignment]  # as above
+    as_json: AsJson = False,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", dir_okay=False, metavar="FILE", help="Write a JUnit report to FILE.")
+    ] = None,
+) -> int:
+    """Check that a vfio-user device does what the specification says of its migration."""
+    from console.check import check as run
+
+    return run(socket, command, only=only or [], answer=timeout, as_json=as_json, junit_file=junit)
 
 
 @app.command()

@@ -15,12 +15,12 @@ class ExitCode(IntEnum):
     """Exit codes of `switchover`; they are part of its interface and never change their meaning."""
 
     COMPLETED = 0  # done what was asked
-    FAILED = 1  # a migration failed, or a daemon refused a request
+    FAILED = 1  # a migration failed, a daemon refused a request, or a check of a device failed
     USAGE = 2  # wrong arguments or a wrong machine file
     CANCELLED = 3  # the migration was cancelled; the machine goes on at the source
     NOT_CONVERGED = 4  # the migration reached a limit before it converged; the machine goes on at the source
     VERIFICATION_FAILED = 5  # memory or a device differs at the destination (DATA_LOSS)
-    UNREACHABLE = 6  # the daemon cannot be reached, or what answers is none
+    UNREACHABLE = 6  # the daemon, or the device to check, cannot be reached, or what answers is none
 
 
 def exit_code_of(result: MigrationResult) -> ExitCode:

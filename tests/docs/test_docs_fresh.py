@@ -15,10 +15,11 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 TEST_NAME = re.compile(r"`(test_\w+)`")
 
 
-def test_the_states_are_those_of_the_table() -> None:
-    generator = runpy.run_path(str(ROOT / "docs" / "generate_device_states.py"))
+@pytest.mark.parametrize("name", ["generate_device_states", "generate_checking_devices"])
+def test_generated_parts_are_fresh(name: str) -> None:
+    generator = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))
     page = generator["PAGE"].read_text()
-    assert generator["fresh"](page) == page, "run: python docs/generate_device_states.py"
+    assert generator["fresh"](page) == page, f"run: python docs/{name}.py"
 
 
 def prose(page: Path) -> str:
