@@ -48,7 +48,7 @@ def test_like_a_dict_of_pages(layout, bits, base, factor, slice_words):
 
 @pytest.mark.parametrize(("base", "page_size"), [(1, 4096), (0, 4095), (0, 0), (0, -4096), (4096, 2048)])
 def test_refuses_what_is_not_made_of_pages(base, page_size):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is not made of 4 KiB pages"):
         dirty_ram_pages(empty(64), base, page_size, IovaTree().arrays())
 
 

@@ -225,6 +225,13 @@ def test_no_bit_is_lost_between_writers_and_a_reader() -> None:
     assert (marked == 1).all()
 
 
+def test_a_packed_bitmap_of_the_wrong_size_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^a packed bitmap of 3 bytes$"):
+        bitmap.unpack(bytes(3), 64)
+    with pytest.raises(ValueError, match=r"^5 words of a packed bitmap in 16 bytes$"):
+        bitmap.unpack(struct.pack("<QQ", 64, 5), 64 * 64)
+
+
 def test_packed_words_in_any_other_order_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^the words of a packed bitmap are not in order$"):
         bitmap.unpack(struct.pack("<QQ3Q3I", 64, 3, 1, 1, 1, 0, 2, 1), 64 * 64)
