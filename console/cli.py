@@ -6,27 +6,24 @@ Whatever takes time to import (gRPC, daemons) is imported by the command that ne
 from __future__ import annotations
 
 import json
-import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from common.machine.attachments import read_attachments
-from common.machine.device_config import Attachment
 from common.machine.fields import ConfigError
 from common.machine.quantities import parse_duration, parse_rate, parse_size
+from console.daemon_commands import destination, host, source
+from console.device_commands import capture, check, device, replay
 from console.errors import CommandError
 from console.exit_codes import ExitCode, exit_code_of
+from console.options import Address, AsJson, Tls, parse_address, parse_directory, positive
 
 __all__ = ["app", "main"]
-
-DEFAULT_LISTEN = "127.0.0.1:7700"
 
 app = typer.Typer(
     help="Live migration of running machines with VFIO and vfio-user devices, verified page by page.",
@@ -60,202 +57,38 @@ class OnMismatch(StrEnum):
     CONTINUE = "continue"
 
 
-def _positive(parse: Callable[[str], float]) -> Callable[[str], float]:
-    # The calls take 0 for "not given", so it must not be given.
-    def checked(text: str) -> float:
-        try:
-            value = parse(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-        if value <= 0:
-            raise typer.BadParameter(f'"{text}" is not more than 0')
-        return value
-
-    return checked
-
-
-def _address(text: str) -> str:
-    found = re.fullmatch(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})", text, re.ASCII)
-    if found is None or int(found[2]) > 65_535:
-        raise typer.BadParameter(f'"{text}" is not an address; write it like "host1:7700" or "127.0.0.1:7700"')
-    return text
-
-
-def _directory(text: str) -> Path:
-    path = Path(text)
-    if not text or (path.exists() and not path.is_dir()):
-        raise typer.BadParameter(f'"{text}" is not a directory')
-    return path
-
-
-def _names(text: str) -> frozenset[str]:
-    names = frozenset(text.split(","))
-    if "" in names:
-        raise typer.BadParameter(f'"{text}" is not NAME,NAME,…')
-    return names
-
-
-Address = Annotated[str, typer.Argument(parser=_address, metavar="HOST:PORT", help="The daemon's address.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 VerifyOption = Annotated[
     Verify, typer.Option(help="Compare memory and devices before the machine runs, while it runs already, or not.")
 ]
-Listen = Annotated[
-    str,
-    typer.Option(parser=_address, metavar="HOST:PORT", help="Where to listen; port 0 takes a free one and prints it."),
-]
-StateDir = Annotated[
-    Path | None,
-    typer.Option(
-        parser=_directory,
-        metavar="DIRECTORY",
-        help="Where machines and records of handovers live; it must outlive the daemon. "
-        "Default: switchover/ROLE in $XDG_STATE_HOME or ~/.local/state.",
-    ),
-]
-MachineFile = Annotated[
-    Path | None, typer.Option("--machine", dir_okay=False, help="The machine to start (machine.toml).")
-]
 
 
-Tls = Annotated[
-    Path | None,
-    typer.Option(
-        "--tls",
-        envvar="SWITCHOVER_TLS",
-        parser=_directory,
-        metavar="DIRECTORY",
-        help="Use TLS, with the certificates and keys in this directory (see switchover certs).",
-    ),
-]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Listen beyond loopback without TLS: whoever reaches the port is served.")
-]
-AllowSource = Annotated[
-    frozenset[str] | None,
-    typer.Option(parser=_names, metavar="NAME,…", help="Names in certificates of hosts that may migrate to here."),
-]
-AllowOperator = Annotated[
-    frozenset[str] | None,
-    typer.Option(parser=_names, metavar="NAME,…", help="Names in certificates that may move, pause or stop machines."),
-]
-Devices = Annotated[
-    str | None,
-    typer.Option(metavar="KIND,…", help="Kinds of devices that machines which come here may have; default: all."),
-]
-
-
-DeviceSockets = Annotated[
-    list[str] | None,
-    typer.Option("--device-socket", metavar="NAME=PATH", help="Where to find a device that somebody else serves."),
-]
-DeviceFile = Annotated[
-    Path | None,
-    typer.Option(dir_okay=False, help="The same for several devices, and commands that start them (TOML)."),
-]
-
-
-def _kinds(devices: str | None) -> dict[str, list[str]]:
-    return {} if devices is None else {"device_kinds": [kind for kind in devices.split(",") if kind]}
-
-
-def _attachments(sockets: list[str] | None, file: Path | None) -> dict[str, Attachment]:
-    found = read_attachments(file) if file is not None else {}
-    for text in sockets or ():
-        name, separator, path = text.partition("=")
-        if not (separator and name and path):
-            raise CommandError(f'--device-socket "{text}" is not NAME=PATH', ExitCode.USAGE)
-        found[name] = replace(found.get(name, Attachment()), socket=str(Path(path).expanduser().absolute()))
-    return found
-
-
-@app.command()
-def source(
-    *,
-    listen: Listen = DEFAULT_LISTEN,
-    machine: MachineFile = None,
-    state_dir: StateDir = None,
-    tls: Tls = None,
-    insecure: Insecure = False,
-    allow_operator: AllowOperator = None,
-) -> int:
-    """Run the daemon that machines leave from."""
-    from common.host.network import Network
-    from common.rpc.access import Access
-    from source.daemon import run
-
-    network = Network(listen, tls, insecure=insecure, access=Access(operators=allow_operator))
-    return run(network, machine, state_dir)
-
-
-@app.command()
-def destination(
-    *,
-    listen: Listen = DEFAULT_LISTEN,
-    state_dir: StateDir = None,
-    devices: Devices = None,
-    device_sockets: DeviceSockets = None,
-    device_file: DeviceFile = None,
-    tls: Tls = None,
-    insecure: Insecure = False,
-    allow_source: AllowSource = None,
-    allow_operator: AllowOperator = None,
-) -> int:
-    """Run the daemon that machines arrive at."""
-    from common.host.network import Network
-    from common.rpc.access import Access
-    from destination.daemon import run
-
-    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator))
-    return run(network, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
-
-
-@app.command()
-def host(
-    *,
-    listen: Listen = DEFAULT_LISTEN,
-    machine: MachineFile = None,
-    state_dir: StateDir = None,
-    devices: Devices = None,
-    device_sockets: DeviceSockets = None,
-    device_file: DeviceFile = None,
-    tls: Tls = None,
-    insecure: Insecure = False,
-    allow_source: AllowSource = None,
-    allow_operator: AllowOperator = None,
-) -> int:
-    """Run both daemons in one: machines arrive and leave."""
-    from common.host.network import Network
-    from common.rpc.access import Access
-    from console.host import run
-
-    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator))
-    return run(network, machine, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
+for _daemon in (source, destination, host):
+    app.command()(_daemon)
 
 
 @app.command()
 def migrate(
     *,
     source: Annotated[
-        str, typer.Option(parser=_address, metavar="HOST:PORT", help="The daemon that holds the machine.")
+        str, typer.Option(parser=parse_address, metavar="HOST:PORT", help="The daemon that holds the machine.")
     ],
     destination: Annotated[
-        str, typer.Option(parser=_address, metavar="HOST:PORT", help="Where to, as the source reaches it.")
+        str, typer.Option(parser=parse_address, metavar="HOST:PORT", help="Where to, as the source reaches it.")
     ],
     max_downtime: Annotated[
         float,
         typer.Option(
-            parser=_positive(parse_duration), metavar="DURATION", help="Longest time that the machine may stand still."
+            parser=positive(parse_duration), metavar="DURATION", help="Longest time that the machine may stand still."
         ),
     ] = "300ms",  # type: ignore[assignment]  # typer passes defaults through the parser, and shows them in --help
     bandwidth: Annotated[
         float | None,
-        typer.Option(parser=_positive(parse_rate), metavar="RATE", help="Most to send, for example 1Gbit/s."),
+        typer.Option(parser=positive(parse_rate), metavar="RATE", help="Most to send, for example 1Gbit/s."),
     ] = None,
     verify: VerifyOption = Verify.STRICT,
     timeout: Annotated[
         float | None,
-        typer.Option(parser=_positive(parse_duration), metavar="DURATION", help="Longest time before the switchover."),
+        typer.Option(parser=positive(parse_duration), metavar="DURATION", help="Longest time before the switchover."),
     ] = None,
     max_rounds: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Most rounds of pre-copy.")] = None,
     on_timeout: Annotated[OnTimeout, typer.Option(help="What to do when such a limit is reached.")] = OnTimeout.CANCEL,
@@ -401,7 +234,7 @@ def watch(address: Address, *, tls: Tls = None, as_json: AsJson = False) -> None
 
 @app.command()
 def certs(
-    directory: Annotated[Path, typer.Argument(parser=_directory, metavar="DIRECTORY", help="Where to put them.")],
+    directory: Annotated[Path, typer.Argument(parser=parse_directory, metavar="DIRECTORY", help="Where to put them.")],
     *,
     host: Annotated[
         list[str] | None,
@@ -421,51 +254,8 @@ def certs(
     typer.echo(f"{directory / CA}: keep it here; whoever has its key can make anybody's certificate")
 
 
-@app.command()
-def device(
-    kind: Annotated[str, typer.Argument(help="The kind of device, as in the machine file.")],
-    *,
-    socket: Annotated[Path, typer.Option(metavar="PATH", dir_okay=False, help="Where to listen.")],
-    name: Annotated[str | None, typer.Option(help="What messages call it.")] = None,
-    knobs: Annotated[
-        list[str] | None, typer.Option("--knob", metavar="KEY=VALUE", help="A knob, as in the machine file.")
-    ] = None,
-) -> int:
-    """Serve an emulated device to any vfio-user client, one after the other, until Ctrl-C."""
-    from console.device import run
-
-    return run(kind, socket, name, knobs or ())
-
-
-@app.command()
-def check(
-    socket: Annotated[
-        Path | None, typer.Argument(metavar="[SOCKET]", help="Where the device's vfio-user server listens.")
-    ] = None,
-    *,
-    command: Annotated[
-        str | None,
-        typer.Option(metavar="COMMAND", help="Or how a server is started, with {socket} where the path belongs."),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Run these checks: a name, a pattern with *, or a subject. Repeatable."),
-    ] = None,
-    timeout: Annotated[
-        float,
-        typer.Option(
-            parser=_positive(parse_duration), metavar="DURATION", help="Longest time that an answer may take."
-        ),
-    ] = "5s",  # type: ignore[assignment]  # as above
-    as_json: AsJson = False,
-    junit: Annotated[
-        Path | None, typer.Option("--junit", dir_okay=False, metavar="FILE", help="Write a JUnit report to FILE.")
-    ] = None,
-) -> int:
-    """Check that a vfio-user device does what the specification says of its migration."""
-    from console.check import check as run
-
-    return run(socket, command, only=only or [], answer=timeout, as_json=as_json, junit_file=junit)
+for _tool in (device, check, capture, replay):
+    app.command()(_tool)
 
 
 @app.command()
@@ -475,7 +265,7 @@ def demo(
     ram: Annotated[
         float | None,
         typer.Option(
-            parser=_positive(parse_size), metavar="SIZE", help="Guest RAM; by default, as much as there is data for."
+            parser=positive(parse_size), metavar="SIZE", help="Guest RAM; by default, as much as there is data for."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -484,57 +274,6 @@ def demo(
     from console.demo import run
 
     return run(verify=verify.name, ram=int(ram) if ram else None, as_json=as_json)
-
-
-class Side(StrEnum):
-    """Which side of a transcript is played."""
-
-    CLIENT = "client"
-    SERVER = "server"
-
-
-Transcript = Annotated[Path, typer.Argument(metavar="FILE", help="The transcript: a message a line.")]
-
-
-@app.command()
-def capture(
-    file: Transcript,
-    *,
-    listen: Annotated[Path, typer.Option(metavar="PATH", help="The socket to make for a vfio-user client.")],
-    connect: Annotated[Path, typer.Option(metavar="PATH", help="The socket of the vfio-user server.")],
-    as_json: AsJson = False,
-) -> None:
-    """Record what a vfio-user client and a server say to each other, until either goes, or Ctrl-C."""
-    from console.transcript import capture as run
-
-    run(listen, connect, file, as_json=as_json)
-
-
-@app.command()
-def replay(
-    file: Transcript,
-    *,
-    side: Annotated[Side, typer.Option("--as", help="Which side to play.")],
-    connect: Annotated[Path | None, typer.Option(metavar="PATH", help="As client: the server's socket.")] = None,
-    listen: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="As server: the socket to make for a client.")
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(parser=_positive(parse_duration), metavar="DURATION", help="Longest wait for a reply.")
-    ] = "10s",  # type: ignore[assignment]  # as --max-downtime
-    data: Annotated[
-        bool, typer.Option("--data", help="Count differences in what regions, states and bitmaps contain, too.")
-    ] = False,
-    as_json: AsJson = False,
-) -> int:
-    """Play one side of a recorded vfio-user conversation, and tell where the other departs from it."""
-    from console.transcript import replay as run
-
-    match side, connect, listen:
-        case (Side.CLIENT, Path() as path, None) | (Side.SERVER, None, Path() as path):
-            return run(side.value, file, path, timeout, data=data, as_json=as_json)
-        case _:
-            raise typer.BadParameter("--as client needs --connect, --as server needs --listen, and not the other")
 
 
 def _print_json(document: Mapping[str, Any]) -> None:

@@ -1,0 +1,142 @@
+"""The commands that run daemons: arguments in, exit codes back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.machine.attachments import read_attachments
+from common.machine.device_config import Attachment
+from console.errors import CommandError
+from console.exit_codes import ExitCode
+from console.options import Tls, parse_address, parse_directory, parse_names
+
+__all__ = ["destination", "host", "source"]
+
+DEFAULT_LISTEN = "127.0.0.1:7700"
+
+Listen = Annotated[
+    str,
+    typer.Option(
+        parser=parse_address, metavar="HOST:PORT", help="Where to listen; port 0 takes a free one and prints it."
+    ),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        parser=parse_directory,
+        metavar="DIRECTORY",
+        help="Where machines and records of handovers live; it must outlive the daemon. "
+        "Default: switchover/ROLE in $XDG_STATE_HOME or ~/.local/state.",
+    ),
+]
+MachineFile = Annotated[
+    Path | None, typer.Option("--machine", dir_okay=False, help="The machine to start (machine.toml).")
+]
+
+
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Listen beyond loopback without TLS: whoever reaches the port is served.")
+]
+AllowSource = Annotated[
+    frozenset[str] | None,
+    typer.Option(parser=parse_names, metavar="NAME,…", help="Names in certificates of hosts that may migrate to here."),
+]
+AllowOperator = Annotated[
+    frozenset[str] | None,
+    typer.Option(
+        parser=parse_names, metavar="NAME,…", help="Names in certificates that may move, pause or stop machines."
+    ),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(metavar="KIND,…", help="Kinds of devices that machines which come here may have; default: all."),
+]
+
+
+DeviceSockets = Annotated[
+    list[str] | None,
+    typer.Option("--device-socket", metavar="NAME=PATH", help="Where to find a device that somebody else serves."),
+]
+DeviceFile = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="The same for several devices, and commands that start them (TOML)."),
+]
+
+
+def _kinds(devices: str | None) -> dict[str, list[str]]:
+    return {} if devices is None else {"device_kinds": [kind for kind in devices.split(",") if kind]}
+
+
+def _attachments(sockets: list[str] | None, file: Path | None) -> dict[str, Attachment]:
+    found = read_attachments(file) if file is not None else {}
+    for text in sockets or ():
+        name, separator, path = text.partition("=")
+        if not (separator and name and path):
+            raise CommandError(f'--device-socket "{text}" is not NAME=PATH', ExitCode.USAGE)
+        found[name] = replace(found.get(name, Attachment()), socket=str(Path(path).expanduser().absolute()))
+    return found
+
+
+def source(
+    *,
+    listen: Listen = DEFAULT_LISTEN,
+    machine: MachineFile = None,
+    state_dir: StateDir = None,
+    tls: Tls = None,
+    insecure: Insecure = False,
+    allow_operator: AllowOperator = None,
+) -> int:
+    """Run the daemon that machines leave from."""
+    from common.host.network import Network
+    from common.rpc.access import Access
+    from source.daemon import run
+
+    network = Network(listen, tls, insecure=insecure, access=Access(operators=allow_operator))
+    return run(network, machine, state_dir)
+
+
+def destination(
+    *,
+    listen: Listen = DEFAULT_LISTEN,
+    state_dir: StateDir = None,
+    devices: Devices = None,
+    device_sockets: DeviceSockets = None,
+    device_file: DeviceFile = None,
+    tls: Tls = None,
+    insecure: Insecure = False,
+    allow_source: AllowSource = None,
+    allow_operator: AllowOperator = None,
+) -> int:
+    """Run the daemon that machines arrive at."""
+    from common.host.network import Network
+    from common.rpc.access import Access
+    from destination.daemon import run
+
+    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator))
+    return run(network, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
+
+
+def host(
+    *,
+    listen: Listen = DEFAULT_LISTEN,
+    machine: MachineFile = None,
+    state_dir: StateDir = None,
+    devices: Devices = None,
+    device_sockets: DeviceSockets = None,
+    device_file: DeviceFile = None,
+    tls: Tls = None,
+    insecure: Insecure = False,
+    allow_source: AllowSource = None,
+    allow_operator: AllowOperator = None,
+) -> int:
+    """Run both daemons in one: machines arrive and leave."""
+    from common.host.network import Network
+    from common.rpc.access import Access
+    from console.host import run
+
+    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator))
+    return run(network, machine, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
