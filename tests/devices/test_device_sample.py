@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from captures import DESTINATION, SOURCE, Captured, load
+from captures import DESTINATION, SOURCE, load
 from device_rig import PATIENCE, Rig
 
 from common.datasheets import sample
@@ -21,6 +21,7 @@ from common.vfio.migration import DeviceState
 from common.vfio_user.client import DeviceError
 from common.vfio_user.codec import Command, Header, RegionAccess, Version
 from common.vfio_user.description import IrqFlags, IrqInfo, RegionInfo
+from common.vfio_user.transcript import Recorded
 
 S = DeviceState
 PAGE = 4096
@@ -187,20 +188,22 @@ class Replay:
         self.memory = os.memfd_create("memory")  # not sealed: it can shrink
         os.ftruncate(self.memory, 16 * PAGE)
         self.irq = os.eventfd(0)
-        self.last: Captured | None = None
+        self.last: Recorded | None = None
 
     def close(self) -> None:
         os.close(self.memory)
         os.close(self.irq)
 
-    def send(self, message: Captured) -> None:
+    def send(self, message: Recorded) -> None:
         body = message.body
-        writes_timer = message.command == Command.REGION_WRITE and RegionAccess.unpack(body).region == sample.TIMER_BAR
+        writes_timer = (
+            message.header.command == Command.REGION_WRITE and RegionAccess.unpack(body).region == sample.TIMER_BAR
+        )
         if writes_timer or self._ends_the_state(message):
             self.due = int(time.time()) + self.delays.pop(0)
             body = body[:-8] + self.due.to_bytes(8, "little")
-        header = Header(message.message_id, message.command, 16 + len(body), message.flags, message.error)
-        fd = self.memory if message.command == Command.DMA_MAP else self.irq
+        header = message.header._replace(size=16 + len(body))
+        fd = self.memory if message.header.command == Command.DMA_MAP else self.irq
         socket.send_fds(self.sock, [header.pack() + body], [fd] * message.fds)
         self.last = message
 
@@ -217,15 +220,19 @@ class Replay:
         return data
 
     @staticmethod
-    def _ends_the_state(message: Captured) -> bool:
-        return message.command == Command.MIG_DATA_WRITE and not message.is_reply and len(message.body) == 8 + 8
+    def _ends_the_state(message: Recorded) -> bool:
+        return (
+            message.header.command == Command.MIG_DATA_WRITE
+            and not message.header.is_reply
+            and len(message.body) == 8 + 8
+        )
 
-    def check(self, expected: Captured, body: bytes) -> None:
+    def check(self, expected: Recorded, body: bytes) -> None:
         """Compare a message of the device's with the captured one, where that does not say what is theirs only."""
         theirs = expected.body
         command = self.last
         assert command is not None
-        match expected.command:
+        match expected.header.command:
             case Command.VERSION:
                 ours, other = Version.unpack(body), Version.unpack(theirs)
                 assert (ours.major, ours.minor, ours.capabilities) == (other.major, other.minor, other.capabilities)
@@ -252,7 +259,7 @@ class Replay:
                 # Page 0 was written by message: theirs leaves that to the client, ours has logged it.
                 assert body[:-8] == theirs[:-8] and body[-8] == 1
             case _:
-                assert body == theirs, Command(expected.command).name
+                assert body == theirs, Command(expected.header.command).name
 
 
 @pytest.mark.parametrize(("conversation", "delays"), [(SOURCE, [1, 1000]), (DESTINATION, [3])])
@@ -266,9 +273,9 @@ def test_answers_libvfio_users_client_as_its_own_server(
             replay.send(message)
             continue
         header, body = replay.receive()
-        assert header == (message.message_id, message.command, header.size, message.flags, message.error)
+        assert header == message.header._replace(size=header.size)
         replay.check(message, body)
-        asked += not message.is_reply
+        asked += not message.header.is_reply
     assert asked == 8  # writes and reads by message
     assert os.eventfd_read(replay.irq) == 1
     page = PAGE if conversation == SOURCE else 9 * PAGE
