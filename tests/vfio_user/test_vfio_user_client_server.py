@@ -513,7 +513,8 @@ def test_nothing_is_left_open() -> None:
 
 def test_a_listening_socket_is_there_only_when_it_listens(tmp_path: object) -> None:
     path = tmp_path / "device.sock"  # type: ignore[operator]
-    path.write_text("left by somebody")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left_by_somebody:
+        left_by_somebody.bind(str(path))
     with listen(path) as listening:
         assert path.stat().st_mode & 0o777 == 0o600
         assert [entry.name for entry in tmp_path.iterdir()] == ["device.sock"]  # type: ignore[attr-defined]

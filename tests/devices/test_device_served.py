@@ -13,7 +13,7 @@ from device_rig import PATIENCE, Memory
 
 from common.datasheets import nic, pci
 from common.vfio.migration import DeviceState
-from common.vfio_user.client import VfioUserClient
+from common.vfio_user.client import DeviceError, VfioUserClient
 
 COMMAND = [sys.executable, "-m", "common.devices"]
 
@@ -65,11 +65,13 @@ def test_serves_the_next_client_if_it_shall(path: Path) -> None:
     assert finish(process) == (0, b"")
 
 
-@pytest.mark.parametrize("connected", [False, True])
-def test_ends_on_sigterm(path: Path, connected: bool) -> None:
+@pytest.mark.parametrize(
+    ("connected", "number"), [(False, signal.SIGTERM), (True, signal.SIGTERM), (False, signal.SIGINT)]
+)
+def test_ends_on_a_signal(path: Path, connected: bool, number: signal.Signals) -> None:
     process = start("nic", path)
     client = VfioUserClient.connect(path, "nic0", PATIENCE) if connected else None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert finish(process) == (0, b"")
     if client is not None:
         client.close()
@@ -79,3 +81,57 @@ def test_a_wrong_knob_is_said_in_a_line(path: Path) -> None:
     status, errors = finish(start("nic", path, rate="fast"))
     assert status == 1
     assert errors == b"nic0: rate must be a number, not 'fast'\n"
+
+
+def test_a_user_serves_a_device_with_knobs_of_the_machine_file(path: Path) -> None:
+    knobs = ("--knob", "memory=1MiB", "--knob", 'faults=["fail_reset"]', "--knob", "churn=0")
+    command = [
+        sys.executable,
+        "-m",
+        "console",
+        "device",
+        "accelerator",
+        "--name",
+        "mine",
+        "--socket",
+        str(path),
+        *knobs,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"mine: listening at {path}\n"
+    for _ in range(2):
+        with VfioUserClient.connect(path, "mine", PATIENCE) as client:
+            assert client.regions[pci.MEMORY_BAR].size == 1 << 20
+            with pytest.raises(DeviceError):
+                client.reset()
+            client.reset()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=PATIENCE) == ("", "")
+    assert process.returncode == 0
+
+
+def test_does_not_take_a_server_or_a_file_away(path: Path, tmp_path: Path) -> None:
+    process = start("nic", path)
+    status, errors = finish(start("nvme", path))
+    assert (status, errors.count(b"\n")) == (1, 1) and b"there is a server already" in errors
+    with VfioUserClient.connect(path, "nic0", PATIENCE) as client:  # which has not taken the question for its client
+        assert int.from_bytes(client.region_read(0, pci.ID, 4), "little") == nic.MAGIC
+    assert finish(process) == (0, b"")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert finish(start("nic", file))[0] == 1 and file.read_text() == "mine"
+
+
+def test_takes_the_place_of_a_server_that_has_died(path: Path) -> None:
+    dead = start("nic", path)
+    dead.kill()
+    finish(dead)
+    assert path.is_socket()
+    process = subprocess.Popen(
+        [*COMMAND, "nic", "--name", "n", "--socket", str(path), "--no-once"], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    VfioUserClient.connect(path, "n", PATIENCE).close()
+    process.terminate()
+    process.communicate(timeout=PATIENCE)
