@@ -22,7 +22,6 @@ from common.vfio_user.capabilities import MAX_TRANSFER
 __all__ = ["Lab", "run"]
 
 _FATE = 1.0  # seconds that a server which closed the connection has to end
-_ONE_CLIENT = "the server serves one client and ends; give a command that starts it (--command)"
 
 
 class Lab:
@@ -136,9 +135,9 @@ class Lab:
         with suppress(Unknown):
             self.exerciser(device, self.memory()).scribble()
 
-    def fate(self) -> str | None:
-        """Say how the server ended; None if it lives, or nobody can tell."""
-        return None if self._instance is None else self._instance.fate(_FATE)
+    def fate(self, seconds: float = _FATE) -> str | None:
+        """Say how the server ended, if it ends within so many seconds; None if it lives, or nobody can tell."""
+        return None if self._instance is None else self._instance.fate(seconds)
 
     def crashed(self) -> bool:
         """Tell whether the server is known to have died."""
@@ -161,33 +160,28 @@ class Lab:
 
 def run(checks: Sequence[Check], target: Target, limits: Limits) -> Iterator[Result]:
     """Run checks one after the other, and give what came of each; raise `UnreachableError` if there is no server."""
-    answered = False
     gone = ""
-    for check in checks:
+    for number, check in enumerate(checks):
         started = time.monotonic()
         lab = Lab(target, limits)
-        lost = False
         try:
-            if gone:
-                raise Unknown(gone)
-            outcome, detail, lost = _outcome(check, lab)
-        except Unknown as error:
-            outcome, detail = Outcome.UNKNOWN, str(error)
+            outcome, detail = (Outcome.UNKNOWN, gone) if gone else _outcome(check, lab)
         except UnreachableError as error:
-            if not answered:
+            if not number:
                 raise
-            hint = "" if target.restarts else f"; {_ONE_CLIENT}"
-            outcome, detail = Outcome.UNKNOWN, f"the server cannot be reached any more: {error}{hint}"
+            outcome, detail = Outcome.UNKNOWN, f"the server cannot be reached any more: {error}"
         finally:
             lab.close()
-        answered = True
-        if lost and not target.restarts and not _well(target, limits):
-            gone = f"the server is gone since {check.full_name}; a command that starts it (--command) would go on"
+        if not (target.restarts or gone or _well(target, limits)):
+            gone = f"after {check.full_name} the server serves nobody; a command that starts it (--command) would go on"
+            if number and outcome is Outcome.PASS:
+                outcome, detail = Outcome.FAIL, "the server, which has served several clients, serves nobody after it"
         seconds = time.monotonic() - started
         yield Result(check, outcome, detail, lab.transcript.sent, lab.transcript.received, seconds)
 
 
 def _well(target: Target, limits: Limits) -> bool:
+    """Tell whether the server serves a client that connects now."""
     lab = Lab(target, limits)
     try:
         lab.connect().negotiate()
@@ -198,16 +192,15 @@ def _well(target: Target, limits: Limits) -> bool:
     return True
 
 
-def _outcome(check: Check, lab: Lab) -> tuple[Outcome, str, bool]:
-    """Run one check; return outcome, detail, and whether the server was lost."""
+def _outcome(check: Check, lab: Lab) -> tuple[Outcome, str]:
     try:
-        return Outcome.PASS, check.body(lab) or "", False
+        return Outcome.PASS, check.body(lab) or ""
     except Unknown as error:
-        return Outcome.UNKNOWN, str(error), False
+        return Outcome.UNKNOWN, str(error)
     except Failure as error:
-        return Outcome.FAIL, str(error), False
+        return Outcome.FAIL, str(error)
     except Lost as error:
         fate = lab.fate()
-        return Outcome.FAIL, f"{error}: {fate}" if fate else str(error), True
+        return Outcome.FAIL, f"{error}: {fate}" if fate else str(error)
     except Hung as error:
-        return Outcome.FAIL, f"the server hangs: {lab.fate() or error}", True
+        return Outcome.FAIL, f"the server hangs: {lab.fate(0) or error}"

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from common.conformance.check import Failure, Unknown, check
-from common.conformance.device import SAFE_CHUNK, Device
+from common.conformance.device import CONFIG_REGION, SAFE_CHUNK, Device
 from common.conformance.lab import Lab
 from common.conformance.probe import name_of_error
 from common.vfio.migration import DeviceState
-from common.vfio_user.codec import MIG_DATA_SIZE, Command, MigData
+from common.vfio_user.codec import MIG_DATA_SIZE, Command, MigData, RegionAccess
 
 _TICK = 1.1  # seconds: what counts seconds has changed
 _WORD = 8
@@ -63,12 +63,14 @@ def write_length(lab: Lab) -> None:
 
 @check("A state that was saved can be loaded by the same device, which is then as it was, and runs.")
 def reload(lab: Lab) -> str:
-    """Save and load it in one instance."""
+    """Save it, reset the device, and load it again."""
     device = _prepared(lab)
     data = device.save()
     before = device.contents()
     time.sleep(_TICK)
     later = device.contents()
+    device.set_state(DeviceState.RUNNING)
+    device.ask(Command.DEVICE_RESET)  # so that what is there afterwards has come with the state
     device.load(data)
     words = _compared(before, device.contents(), later)
     device.set_state(DeviceState.RUNNING)
@@ -209,7 +211,8 @@ def _move(lab: Lab, source: Device, data: bytes, chunk: int) -> str:
         other = target.config(0, 256)
         for offset in _CONFIG_WORDS:
             if config[offset : offset + 4] != other[offset : offset + 4]:
-                target.write(7, offset, config[offset : offset + 4])
+                access = RegionAccess(offset, CONFIG_REGION, 4).pack()
+                target.ask(Command.REGION_WRITE, access, config[offset : offset + 4])
         other = target.config(0, 256)
         for offset in (0, *_CONFIG_WORDS):
             if config[offset : offset + 4] != other[offset : offset + 4]:

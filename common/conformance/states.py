@@ -163,14 +163,13 @@ for _start in _STATES:
 def data_in_other_states(lab: Lab) -> None:
     """Read and write where neither is possible."""
     device = lab.device()
-    found = device.need_migration()
+    device.need_migration()
     for state in (DeviceState.RUNNING, DeviceState.STOP, DeviceState.STOP_COPY):
         if state is not DeviceState.RUNNING:
             device.set_state(state)
         if state not in SAVING_STATES:
             device.refused(f"MIG_DATA_READ in {state.name}", Command.MIG_DATA_READ, MigData(64).pack())
         device.refused(f"MIG_DATA_WRITE in {state.name}", Command.MIG_DATA_WRITE, MigData(64).pack(), bytes(64))
-    del found
 
 
 @check("A stopped device can be looked at: its regions are read in STOP, so that what was moved can be compared.")
@@ -190,7 +189,7 @@ def stopped_access(lab: Lab) -> str:
     return "DEVICE_RESET in STOP: RUNNING"
 
 
-@check("What a device has to say while it is in PRE_COPY, MIG_DATA_READ says; reading nothing means nothing now.")
+@check("In PRE_COPY reading nothing means that there is nothing now, and not that anything is wrong, or at its end.")
 def pre_copy_is_patient(lab: Lab) -> str:
     """Read in PRE_COPY until there is nothing, and on."""
     device = lab.device()

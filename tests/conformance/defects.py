@@ -350,10 +350,6 @@ def lenient(device: EmulatedDevice) -> None:
     device._migration._load = lambda _loading: None  # type: ignore[method-assign]
 
 
-def forgetful(device: EmulatedDevice) -> None:
-    device.load_state = lambda _state: device.registers.reset()  # type: ignore[method-assign]
-
-
 def not_loading(device: EmulatedDevice) -> None:
     device.load_state = lambda _state: None  # type: ignore[method-assign]
 
@@ -506,7 +502,7 @@ DEFECTS: dict[str, Defect] = {
         "2 GiB is not refused", obliging(command(Command.MIG_DATA_READ), MigData(0).pack())
     ),
     "migration-data.write-length": Defect("is not refused", obliging(command(Command.MIG_DATA_WRITE))),
-    "migration-data.reload": Defect("region 0 differs at 0x10", device=forgetful),
+    "migration-data.reload": Defect("region 0 differs at 0x10", device=not_loading),
     "migration-data.move": Defect("region 0 differs at 0x10", device=not_loading),
     "migration-data.move-with-pre-copy": Defect("STOP is refused", first(begin_again, arc(S.PRE_COPY, S.STOP_COPY))),
     "migration-data.other-pieces": Defect("MIG_DATA_WRITE is refused", refusing(odd_write)),

@@ -80,15 +80,25 @@ def test_a_server_that_does_not_start_says_why() -> None:
         list(run(CHECKS, CommandTarget("/nowhere/server {socket}"), LIMITS))
 
 
-def test_without_a_command_a_dead_server_stays_dead(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "name"), [("die", INFO), ("plain", "messages.size-below-header")])
+def test_without_a_command_a_dead_server_stays_dead(tmp_path: Path, how: str, name: str) -> None:
     path = tmp_path / "device.sock"
-    with subprocess.Popen([sys.executable, DOOMED, "die", path], stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen([sys.executable, DOOMED, how, path], stderr=subprocess.DEVNULL) as server:
         wait_for(path)
-        checks = [check for name in (VERSION, INFO, VERSION) for check in CHECKS if check.full_name == name]
+        checks = [check for item in (VERSION, name, VERSION) for check in CHECKS if check.full_name == item]
         before, harmed, after = run(checks, SocketTarget(path), LIMITS)
         server.wait(10)
     assert (before.outcome, harmed.outcome, after.outcome) == (Outcome.PASS, Outcome.FAIL, Outcome.UNKNOWN)
-    assert "gone since description.device-info" in after.detail
+    assert f"after {name} the server serves nobody" in after.detail
+
+
+def test_without_a_command_a_server_for_one_client_is_told_from_a_wrong_one(tmp_path: Path) -> None:
+    path = tmp_path / "device.sock"
+    arguments = ["nic", "--name", "nic0", "--socket", path]
+    with subprocess.Popen([sys.executable, "-m", "common.devices", *arguments]):
+        wait_for(path)
+        outcomes = [result.outcome for result in run(CHECKS, SocketTarget(path), LIMITS)]
+    assert outcomes == [Outcome.PASS, *[Outcome.UNKNOWN] * (len(CHECKS) - 1)]
 
 
 def over_a_socket(tmp_path: Path, checks: Sequence[Check]) -> dict[str, Result]:
