@@ -517,8 +517,8 @@ DEFECTS: dict[str, Defect] = {
         "2 GiB is not refused", obliging(command(Command.MIG_DATA_READ), MigData(0).pack())
     ),
     "migration-data.write-length": Defect("is not refused", obliging(command(Command.MIG_DATA_WRITE))),
-    "migration-data.reload": Defect("region 0 differs at 0x10", device=not_loading),
-    "migration-data.move": Defect("region 0 differs at 0x10", device=not_loading),
+    "migration-data.reload": Defect("region 0 differs at 0x", device=not_loading),
+    "migration-data.move": Defect("region 0 differs at 0x", device=not_loading),
     "migration-data.move-with-pre-copy": Defect("STOP is refused", first(begin_again, arc(S.PRE_COPY, S.STOP_COPY))),
     "migration-data.other-pieces": Defect("MIG_DATA_WRITE is refused", refusing(odd_write)),
     "migration-data.read-in-pieces": Defect("STOP is refused", losing_odd_bytes),
