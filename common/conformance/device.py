@@ -172,6 +172,7 @@ class Device(Probe):
         self.on_command = memory.serve
         body = DmaMap(DMA_READABLE | DMA_WRITABLE, iova - FIRST if memory.shared else 0, iova, AREA).pack()
         self.accepted(Command.DMA_MAP, body, fds=[memory.fd] if memory.shared else [])
+        memory.mapped.add(iova)
 
     def map_both(self, memory: DmaMemory) -> None:
         """Map both areas."""

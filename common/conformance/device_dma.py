@@ -115,6 +115,24 @@ def unmapped(lab: Lab) -> str:
     return f"{len(pages)} pages with the unmap"
 
 
+@check("What is unmapped is not written any more, whatever the device still has to do there.")
+def left_alone(lab: Lab) -> None:
+    """Unmap the second area, and tell the device to write there."""
+    device, exerciser = _started(lab)
+    if exerciser.begins_running:
+        raise Unknown("this device cannot do without its memory")
+    device.unmap_area(SECOND)
+    exerciser.memory.mapped.discard(SECOND)
+    exerciser.memory.remember()
+    exerciser.begin()
+    end = time.monotonic() + _STILL
+    while time.monotonic() < end:
+        device.pump(_STILL / 4)
+    if changed := {page for page in exerciser.memory.changed() if page >= SECOND}:
+        raise Failure(f"written after the unmap: {listed(sorted(changed))}")
+    device.get_state()
+
+
 @check("What is mapped while the log runs, inside its ranges, is logged too, as what was mapped before.")
 def remapped(lab: Lab) -> str:
     """Unmap the second area, map it again, and have the device write there."""

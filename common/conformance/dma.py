@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 from common.conformance.check import Failure, Unknown, check
 from common.conformance.device import Device
 from common.conformance.lab import Lab
 from common.conformance.memory import AREA, FIRST, PAGE, SECOND
 from common.conformance.probe import name_of_error
+from common.vfio.feature import Buffer
 from common.vfio_user.codec import DMA_READABLE, DMA_WRITABLE, UNMAP_ALL, Command, DmaMap, DmaUnmap
+from common.vfio_user.description import DeviceInfo
+from common.vfio_user.transport import Message
 
 _BOTH = DMA_READABLE | DMA_WRITABLE
 _MANY = 64
@@ -117,3 +122,29 @@ def by_message(lab: Lab) -> str:
     if memory.largest_message > _SMALL_TRANSFER:
         raise Failure(f"a message with {memory.largest_message} bytes, the client takes {_SMALL_TRANSFER}")
     return f"{len(memory.by_message)} pages by message"
+
+
+@check("Commands of both sides may cross: a server that waits for the answer to its own takes the client's meanwhile.")
+def crossing(lab: Lab) -> None:
+    """Ask for the device's description when a DMA message comes, and answer that one afterwards."""
+    device, memory = lab.device(), lab.memory()
+    memory.shared = False
+    exerciser = lab.exerciser(device, memory)
+    asked: list[int] = []
+
+    def serve(command: Message) -> Buffer:
+        if not asked:
+            asked.append(device.send(Command.DEVICE_GET_INFO, DeviceInfo().pack()))
+        return memory.serve(command)
+
+    device.on_command = serve
+    exerciser.begin()
+    end = time.monotonic() + lab.limits.answer
+    while not asked:
+        if time.monotonic() > end:
+            raise Unknown("the device did its DMA without messages")
+        device.pump(0.1)
+    reply = device.receive()
+    if reply.error or (reply.header.message_id, reply.header.command) != (asked[0], Command.DEVICE_GET_INFO):
+        raise Failure("the command that crossed one of the server is answered wrongly")
+    exerciser.finish()

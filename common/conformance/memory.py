@@ -18,8 +18,8 @@ __all__ = ["AREA", "FIRST", "PAGE", "SECOND", "DmaMemory", "sealed_file"]
 
 PAGE: Final = 4096
 AREA: Final = 4 << 20
-FIRST: Final = 4 << 20
-"""I/O virtual address of the first area; the second one follows it at once."""
+FIRST: Final = AREA
+"""I/O virtual address of the first area; the second one follows it at once. Both are multiples of their size."""
 SECOND: Final = FIRST + AREA
 
 _FILLER = b"\x5a"
@@ -36,7 +36,8 @@ def sealed_file(size: int) -> int:
 class DmaMemory:
     """Two areas of 4 MiB each. An IOVA and its offset in the file differ by `FIRST`.
 
-    `shared`: whether the device gets the file when an area is mapped, or has to do its DMA by message.
+    `shared`: whether the device gets the file when an area is mapped, or has to do its DMA by message. `mapped`: IOVAs
+    of the areas that it may reach now.
     `by_message`: IOVAs of the pages that the device has written by DMA_WRITE; whoever carries such a write out knows of
     it. `read_by_message`: bytes. `wrong`: what was wrong with the messages.
     """
@@ -45,6 +46,7 @@ class DmaMemory:
         self.fd = sealed_file(2 * AREA)
         self.bytes = mmap.mmap(self.fd, 2 * AREA)
         self.shared = True
+        self.mapped: set[int] = set()
         self.by_message: set[int] = set()
         self.read_by_message = 0
         self.largest_message = 0
@@ -88,7 +90,7 @@ class DmaMemory:
         data = memoryview(command.body)[DMA_ACCESS_SIZE:]
         start = access.iova - FIRST
         self.largest_message = max(self.largest_message, access.size)
-        if start < 0 or access.size < 1 or start + access.size > len(self.bytes):
+        if access.size < 1 or not {access.iova & -AREA, access.iova + access.size - 1 & -AREA} <= self.mapped:
             raise self._refusal(f"{kind.name} of 0x{access.size:x} bytes at 0x{access.iova:x}, which is not mapped")
         if kind is Command.DMA_READ:
             if data:

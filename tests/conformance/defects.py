@@ -235,6 +235,20 @@ def easy_going(test: Callable[[Header], bool], *, hang: bool = False) -> Callabl
     return install
 
 
+def taking_no_commands(server: WrongServer) -> None:
+    """Take whatever comes for the reply that is waited for."""
+    connection = server.connection
+    read = connection._read_reply
+
+    def wrong(flags: int = 0) -> Message | None:
+        reply = read(flags)
+        if reply is None and connection._queue:
+            raise connection._lose("a command came instead of a reply")
+        return reply
+
+    connection._read_reply = wrong  # type: ignore[method-assign]
+
+
 # Single ones
 
 
@@ -454,6 +468,7 @@ DEFECTS: dict[str, Defect] = {
         "beyond 2^64 is not refused", obliging(all_of(command(Command.DMA_MAP), qword(24, 8192)))
     ),
     "dma.by-message": Defect("the client takes 1024", then(large_transfers, VERSION)),
+    "dma.crossing": Defect("closed the connection", install=taking_no_commands),
     "states.flags": Defect(
         "without STOP_COPY",
         mangling(feature(DeviceFeature.MIGRATION, vfio.FEATURE_GET), patched(8, b"\x06")),
@@ -502,8 +517,8 @@ DEFECTS: dict[str, Defect] = {
         "2 GiB is not refused", obliging(command(Command.MIG_DATA_READ), MigData(0).pack())
     ),
     "migration-data.write-length": Defect("is not refused", obliging(command(Command.MIG_DATA_WRITE))),
-    "migration-data.reload": Defect("region 0 differs at 0x10", device=not_loading),
-    "migration-data.move": Defect("region 0 differs at 0x10", device=not_loading),
+    "migration-data.reload": Defect("region 0 differs at 0x", device=not_loading),
+    "migration-data.move": Defect("region 0 differs at 0x", device=not_loading),
     "migration-data.move-with-pre-copy": Defect("STOP is refused", first(begin_again, arc(S.PRE_COPY, S.STOP_COPY))),
     "migration-data.other-pieces": Defect("MIG_DATA_WRITE is refused", refusing(odd_write)),
     "migration-data.read-in-pieces": Defect("STOP is refused", losing_odd_bytes),
@@ -549,6 +564,7 @@ DEFECTS: dict[str, Defect] = {
         "written, and not reported",
         mangling(all_of(command(Command.DMA_UNMAP), word(4, 1)), bitmap_of(b"\0", UNMAPPED)),
     ),
+    "device-dma.left-alone": Defect("written after the unmap", pretending(command(Command.DMA_UNMAP), bytes(24))),
     "device-dma.remapped": Defect("written, and not reported", then(log_no_more, command(Command.DMA_UNMAP))),
     "device-dma.stopped": Defect(
         "written in STOP", then(write_late, all_of(command(Command.REGION_WRITE), qword(0, pci.DOORBELL)))
