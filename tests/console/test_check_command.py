@@ -137,7 +137,11 @@ def test_a_run_reports_everywhere(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_ended_leaves_no_server(tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["check", "--command", command("hang"), "--only", "description.device-info", "--timeout", "60s"]
-    script = "import sys; sys.argv[0] = 'switchover'; from console.cli import main; main()"
+    # A shell that runs tests in the background has them ignore Ctrl-C, and their children with them.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.argv[0] = 'switchover'; from console.cli import main; main()"
+    )
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         [sys.executable, "-c", script, *arguments],

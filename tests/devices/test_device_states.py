@@ -10,7 +10,7 @@ import pytest
 
 from common.devices.knobs import Knobs, OneTimeFaults
 from common.devices.migration import Migration
-from common.devices.stream import DeviceMemory
+from common.devices.stream import DeviceMemory, RecordFormat
 from common.vfio.migration import (
     PRECOPY_STATES,
     SAVING_STATES,
@@ -48,10 +48,12 @@ class Registers:
 def device_in(state: DeviceState, flags: int, faults: tuple[str, ...] = ()) -> Migration:
     """Return a device that has come to a state, and then is told to fail; one in RESUMING has been given a state."""
     knobs = Knobs(migration_flags=flags)
-    device = Migration(Registers(), b"identity", DeviceMemory(2 * PAGE), knobs, OneTimeFaults("it", ()))
+    device = Migration(Registers(), RecordFormat(b"identity", DeviceMemory(2 * PAGE)), knobs, OneTimeFaults("it", ()))
     device.set_state(state)
     if state is S.RESUMING:
-        source = Migration(Registers(), b"identity", DeviceMemory(2 * PAGE), knobs, OneTimeFaults("it", ()))
+        source = Migration(
+            Registers(), RecordFormat(b"identity", DeviceMemory(2 * PAGE)), knobs, OneTimeFaults("it", ())
+        )
         source.set_state(S.STOP_COPY)
         device.write(bytes(source.read(1 << 20)))
     device._faults = OneTimeFaults("it", faults)
@@ -124,7 +126,8 @@ def test_a_device_in_error_says_its_length_and_nothing_else_until_it_is_reset(fl
 @pytest.mark.parametrize("flags", [5, 7])
 def test_initial_bytes_only_decrease_and_dirty_bytes_come_and_go(flags: int) -> None:
     device = device_in(S.PRE_COPY, flags)
-    memory = device._memory
+    assert isinstance(device._format, RecordFormat)
+    memory = device._format.memory
     assert memory is not None
     before = device.precopy_info()
     assert before.initial_bytes > 2 * PAGE and before.dirty_bytes == 0
