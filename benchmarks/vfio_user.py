@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,10 +146,10 @@ def device_state(runs: int) -> None:
         for size in SIZES:
             data = bytes(size)
             ways: list[tuple[DeviceState | None, Callable[[], object]]] = [
-                (DeviceState.STOP_COPY, lambda size=size: client.mig_data_read(size)),  # type: ignore[misc]
-                (None, lambda size=size: peer.ask(0, size)),  # type: ignore[misc]
-                (DeviceState.RESUMING, lambda data=data: client.mig_data_write(data)),  # type: ignore[misc]
-                (None, lambda size=size: peer.ask(size, 16)),  # type: ignore[misc]
+                (DeviceState.STOP_COPY, partial(client.mig_data_read, size)),
+                (None, partial(peer.ask, 0, size)),
+                (DeviceState.RESUMING, partial(client.mig_data_write, data)),
+                (None, partial(peer.ask, size, 16)),
             ]
             found: list[list[float]] = [[] for _ in ways]
             for _ in range(runs):
