@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -198,39 +199,50 @@ def reversed_pairs(server: WrongServer) -> None:
 
 def impatient(server: WrongServer) -> None:
     """Take what comes first for the whole header."""
-    read = server.connection._receive_header
+    connection = server.connection
+    look_through = connection._look_through
 
-    def wrong(flags: int) -> Header:
-        if server.connection._start:
-            raise server.connection._lose("short read")
-        return read(flags)
+    def wrong() -> Message | None:
+        if connection._filled < 16:
+            raise connection._lose("short read")
+        return look_through()
 
-    server.connection._receive_header = wrong  # type: ignore[method-assign]
+    connection._look_through = wrong  # type: ignore[method-assign]
 
 
 def short_sighted(server: WrongServer) -> None:
     """Take no more of a body than 64 KiB, and the rest for messages."""
-    read = server.connection._receive_body
-    server.connection._receive_body = lambda size, flags: read(min(size, 65536), flags)  # type: ignore[method-assign]
+    connection = server.connection
+    look_through = connection._look_through
+
+    def wrong() -> Message | None:
+        reply = look_through()
+        if connection._large is not None:
+            connection._body = connection._body[:65536]
+        return reply
+
+    connection._look_through = wrong  # type: ignore[method-assign]
 
 
 def easy_going(test: Callable[[Header], bool], *, hang: bool = False) -> Callable[[WrongServer], None]:
     """Answer messages with such headers as if they were right, or wait for what they promise."""
 
     def install(server: WrongServer) -> None:
-        read = server.connection._receive_header
+        connection = server.connection
+        read = connection._read
 
-        def wrong(flags: int) -> Header:
-            peeked = server.sock.recv(16, socket.MSG_PEEK)
+        def wrong(flags: int) -> Message | None:
+            peeked = b"" if connection._filled else server.sock.recv(16, socket.MSG_PEEK)
             if len(peeked) == 16 and test(header := Header(*struct.unpack("<HHIII", peeked))):
                 server.sock.recv(max(16, min(header.size, 4096)))
                 if hang:
                     server.hang()
-                server.sock.sendall(Header(header.message_id, header.command, 16, 1).pack())
-                raise BlockingIOError
+                with contextlib.suppress(BrokenPipeError):
+                    server.sock.sendall(Header(header.message_id, header.command, 16, 1).pack())
+                return None
             return read(flags)
 
-        server.connection._receive_header = wrong  # type: ignore[method-assign]
+        connection._read = wrong  # type: ignore[method-assign]
 
     return install
 
@@ -573,7 +585,7 @@ DEFECTS: dict[str, Defect] = {
     "device-dma.started-again": Defect("a fresh log reports", ignoring_stop),
     "reconnecting.next-client": Defect("hangs", wedged=lambda _server: True, patience=HUNG_S),
     "reconnecting.half-a-message": Defect(
-        "hangs", wedged=lambda server: server.connection._header is not None, patience=HUNG_S
+        "hangs", wedged=lambda server: server.connection._filled > 0, patience=HUNG_S
     ),
     "reconnecting.silent-client": Defect("hangs", wedged=lambda server: not server.negotiated, patience=HUNG_S),
     "reconnecting.state-of-the-next": Defect("finds the device in STOP", then(stop, all_of(later, VERSION))),
