@@ -157,6 +157,11 @@ class AttachedDevice:
         return found
 
     @property
+    def reports_ranges(self) -> bool:
+        """Whether its log can be asked for any range, of unmapped IOVAs too (docs/vfio-user-extensions.md)."""
+        return self.client.extension is not None and self.client.extension.report_ranges
+
+    @property
     def has_iommu_dirty(self) -> bool:
         """Whether there is an IOMMU in front of it whose dirty bits can be asked for."""
         return self.client.extension is not None and self.client.extension.iommu_dirty

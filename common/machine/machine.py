@@ -107,7 +107,8 @@ class Machine:
                     device.name,
                     dma_logging=device.client.dma_logging and device.spec.device_dirty_tracking,
                     iommu_dirty=device.has_iommu_dirty and device.spec.iommu_dirty_tracking,
-                    report_ranges=device.client.extension is not None and device.client.extension.report_ranges,
+                    report_ranges=device.reports_ranges,
+                    log_outlives_mapping=device.reports_ranges,
                 )
                 for device in members
             ],

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import queue
 import socket
 import struct
 import termios
@@ -271,18 +272,17 @@ def test_a_peer_that_does_not_read() -> None:
 
 def test_a_peer_that_does_not_read_the_reply() -> None:
     """Whoever answers holds the right to send, and would hold it for ever."""
-    failed: list[str] = []
+    failed: queue.Queue[str] = queue.Queue()
 
     def answer(connection: Connection, command: Message) -> None:
         try:
             connection.reply(command, [bytes(4 << 20)])
         except ConnectionLostError as error:
-            failed.append(str(error.strerror))
+            failed.put(str(error.strerror))
 
     with one_side(answer, timeout=0.05) as (connection, peer):
         peer.sendall(Header(1, 9, 16).pack())
-        assert connection.closed.wait(10)
-        assert "taken within" in failed[0]
+        assert "taken within" in failed.get(timeout=10)
         with pytest.raises(ConnectionLostError):
             connection.request(9)
 
