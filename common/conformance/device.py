@@ -86,9 +86,12 @@ class Device(Probe):
     def _describe(self) -> None:
         # What makes no sense is left out here: there are checks for it.
         reply = self.ask(Command.DEVICE_GET_INFO, DeviceInfo().pack())
-        if reply.error or len(reply.body) < 16:
+        if reply.error:
             return
-        info = DeviceInfo.unpack(reply.body)
+        try:
+            info = parsed(DeviceInfo.unpack, reply.body)
+        except Failure:
+            return
         for index in range(min(info.num_regions, _MAX_DESCRIBED)):
             reply = self.ask(Command.DEVICE_GET_REGION_INFO, RegionQuery(index, 4096).pack_info())
             if not reply.error:

@@ -53,7 +53,7 @@ def invalid(lab: Lab) -> None:
     irq = _irq(device)
     none = IrqFlags.DATA_NONE | IrqFlags.ACTION_TRIGGER
     for what, request in (
-        ("more vectors than there are", IrqSet(irq.index, none, 0, irq.count + 1)),
+        ("more vectors than there are", IrqSet(irq.index, none, 1, irq.count)),
         ("vectors beyond the last", IrqSet(irq.index, none, irq.count, 1)),
         ("vectors around 2^32", IrqSet(irq.index, none, 0xFFFF_FFFF, 2)),
         ("two kinds of data", IrqSet(irq.index, none | IrqFlags.DATA_BOOL, 0, 1)),

@@ -1,4 +1,4 @@
-"""A wrong server for every check, by the check's name."""
+"""A wrong server for every check, by the check's name, and further ones for sentences that say several things."""
 
 from __future__ import annotations
 
@@ -351,6 +351,13 @@ def log_no_more(server: WrongServer) -> None:
     server.device.dma.logging = False
 
 
+def write_to_the_first_area(device: EmulatedDevice) -> None:
+    write = device.dma.write
+    device.dma.write = lambda iova, *rest, **named: write(  # type: ignore[method-assign]
+        iova - AREA if iova >= SECOND else iova, *rest, **named
+    )
+
+
 def write_late(server: WrongServer) -> None:
     if server.device.get_state() is S.STOP:
         server.device.dma.write(SECOND, b"late")
@@ -582,3 +589,22 @@ DEFECTS: dict[str, Defect] = {
         "DMA_MAP is refused: EEXIST", refusing(all_of(later, command(Command.DMA_MAP)), errno.EEXIST)
     ),
 }
+
+FURTHER: list[tuple[str, Defect]] = [
+    (
+        "description.device-info",
+        Defect("the answer makes no sense", mangling(command(Command.DEVICE_GET_INFO), patched(0, b"\x08"))),
+    ),
+]
+
+UNJUDGED: list[tuple[str, Defect]] = [
+    (
+        "regions.bounds",
+        Defect(
+            "configuration space has 1 bytes",
+            mangling(all_of(command(Command.DEVICE_GET_REGION_INFO), word(8, 7)), patched(16, bytes([1, 0]))),
+        ),
+    ),
+    ("device-dma.parts", Defect("without writing to memory directly", device=write_to_the_first_area)),
+]
+"""What devices may do, and what then cannot be told."""
