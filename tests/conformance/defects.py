@@ -367,6 +367,10 @@ def stop(server: WrongServer) -> None:
     server.device.set_state(S.STOP)
 
 
+def reset(server: WrongServer) -> None:
+    server.device.reset()
+
+
 def lenient(device: EmulatedDevice) -> None:
     device._migration._load = lambda _loading: None  # type: ignore[method-assign]
 
@@ -529,8 +533,8 @@ DEFECTS: dict[str, Defect] = {
     "migration-data.move-with-pre-copy": Defect("STOP is refused", first(begin_again, arc(S.PRE_COPY, S.STOP_COPY))),
     "migration-data.other-pieces": Defect("MIG_DATA_WRITE is refused", refusing(odd_write)),
     "migration-data.read-in-pieces": Defect("STOP is refused", losing_odd_bytes),
-    "migration-data.cancel-pre-copy": Defect("closed the connection", hanging_up(arc(S.PRE_COPY, S.RUNNING))),
-    "migration-data.cancel-stop-copy": Defect("closed the connection", hanging_up(arc(S.STOP_COPY, S.STOP))),
+    "migration-data.cancel-pre-copy": Defect("region 0 differs at 0x", then(reset, arc(S.PRE_COPY, S.RUNNING))),
+    "migration-data.cancel-stop-copy": Defect("region 0 differs at 0x", then(reset, arc(S.STOP, S.RUNNING))),
     "migration-data.truncated-data": Defect("are taken for a state", device=lenient),
     "migration-data.senseless-data": Defect("closed the connection", hanging_up(arc(S.RESUMING, S.STOP))),
     "dirty-logging.features": Defect(
