@@ -324,7 +324,10 @@ def parsed(read: Callable[[Buffer], _T], body: Buffer) -> _T:
 def pages_of(bitmap: Buffer, iova: int, length: int, page_size: int) -> set[int]:
     """Return the IOVAs that the bits of a bitmap stand for; `Failure` if a bit stands for no page of the range."""
     bits = np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little"))
-    return {iova + int(bit) * page_size for bit in bits if int(bit) * page_size < length}
+    pages = {iova + int(bit) * page_size for bit in bits}
+    if beyond := sorted(page for page in pages if page >= iova + length):
+        raise Failure(f"a bitmap of 0x{length:x} bytes at 0x{iova:x} has bits beyond them: {listed(beyond)}")
+    return pages
 
 
 def listed(pages: Sequence[int]) -> str:

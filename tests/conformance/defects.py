@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from wrong_server import Answer, Defect, Proceed, Reply, WrongServer
 
-from common.conformance.memory import AREA, FIRST, SECOND
+from common.conformance.memory import AREA, FIRST, PAGE, SECOND
 from common.datasheets import pci
 from common.devices.base import EmulatedDevice
 from common.vfio import feature as vfio
@@ -595,6 +595,38 @@ DEFECTS: dict[str, Defect] = {
 }
 
 FURTHER: list[tuple[str, Defect]] = [
+    (
+        "interrupts.eventfd",
+        Defect(
+            "taken away was signalled",
+            pretending(all_of(command(Command.DEVICE_SET_IRQS), word(4, 0x21), word(16, 0))),
+        ),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect(
+            "MIG_DATA_READ in RESUMING",
+            obliging(all_of(in_state(S.RESUMING), command(Command.MIG_DATA_READ)), MigData(0).pack() + bytes(64)),
+        ),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect("MIG_DATA_WRITE in PRE_COPY", obliging(all_of(in_state(S.PRE_COPY), command(Command.MIG_DATA_WRITE)))),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect(
+            "refused with EIO, not EINVAL",
+            refusing(all_of(in_state(S.STOP), command(Command.MIG_DATA_WRITE)), errno.EIO),
+        ),
+    ),
+    (
+        "dirty-logging.report-ranges",
+        Defect(
+            "has bits beyond them: 0x800000",
+            mangling(all_of(REPORT, qword(16, PAGE)), patched(REPORTED, b"\x02")),
+        ),
+    ),
     (
         "description.device-info",
         Defect("the answer makes no sense", mangling(command(Command.DEVICE_GET_INFO), patched(0, b"\x08"))),
