@@ -233,7 +233,7 @@ class Device(Probe):
         return b"".join(parts)
 
     def save(self) -> bytes:
-        """Go from RUNNING by STOP_COPY to STOP, and return the state."""
+        """Go from RUNNING or PRE_COPY by STOP_COPY to STOP, and return what STOP_COPY gives."""
         self.set_state(DeviceState.STOP_COPY)
         data = self.drain()
         self.set_state(DeviceState.STOP)

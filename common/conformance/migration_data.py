@@ -161,11 +161,26 @@ def truncated_data(lab: Lab) -> str:
     device = lab.device()
     device.need_migration()
     data = device.save()
+    return _cut_off(device, data, len(data) // 2)
+
+
+@check("A state that PRE_COPY began is whole with all that STOP_COPY gives: one that is cut off there is refused.")
+def truncated_pre_copy(lab: Lab) -> str:
+    """Load what came in PRE_COPY and half of what came in STOP_COPY; then find a way back to RUNNING."""
+    device = lab.device()
+    device.need_migration(DeviceState.PRE_COPY)
+    device.set_state(DeviceState.PRE_COPY)
+    early = device.drain()
+    late = device.save()
+    return _cut_off(device, early + late, len(early) + len(late) // 2)
+
+
+def _cut_off(device: Device, data: bytes, count: int) -> str:
     device.set_state(DeviceState.RESUMING)
-    device.write_data(data[: len(data) // 2])
+    device.write_data(data[:count])
     error = device.try_state(DeviceState.STOP)
     if not error:
-        raise Failure(f"{len(data) // 2} of {len(data)} bytes are taken for a state")
+        raise Failure(f"{count} of {len(data)} bytes are taken for a state")
     state = device.get_state()
     if device.ask(Command.DEVICE_RESET).error:
         raise Unknown(f"refused with {name_of_error(error)}; then in {state.name}, where DEVICE_RESET is refused")

@@ -536,6 +536,7 @@ DEFECTS: dict[str, Defect] = {
     "migration-data.cancel-pre-copy": Defect("region 0 differs at 0x", then(reset, arc(S.PRE_COPY, S.RUNNING))),
     "migration-data.cancel-stop-copy": Defect("region 0 differs at 0x", then(reset, arc(S.STOP, S.RUNNING))),
     "migration-data.truncated-data": Defect("are taken for a state", device=lenient),
+    "migration-data.truncated-pre-copy": Defect("are taken for a state", device=lenient),
     "migration-data.senseless-data": Defect("closed the connection", hanging_up(arc(S.RESUMING, S.STOP))),
     "dirty-logging.features": Defect(
         "DMA_LOGGING_REPORT is not there", refusing(probe_of(DeviceFeature.DMA_LOGGING_REPORT, vfio.FEATURE_GET))
