@@ -154,7 +154,7 @@ class _Process:
         words = self._output.decode(errors="replace").strip().rpartition("\n")[2].strip()
         last = f'; its last words: "{words}"' if words else ""
         if status < 0:
-            return f"the server died of {signal.Signals(-status).name}{last}"
+            return f"the server died of {_name_of_signal(-status)}{last}"
         return f"the server ended with status {status}{last}"
 
     def crashed(self) -> bool:
@@ -178,3 +178,10 @@ class _Process:
         assert self._process.stdout is not None
         while data := os.read(self._process.stdout.fileno(), 65536):
             self._output = (self._output + data)[-_TAIL:]
+
+
+def _name_of_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of the real-time ones only the first and the last have a name
+        return f"signal {number}"

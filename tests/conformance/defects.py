@@ -1,4 +1,4 @@
-"""A wrong server for every check, by the check's name."""
+"""A wrong server for every check, by the check's name, and further ones for sentences that say several things."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from wrong_server import Answer, Defect, Proceed, Reply, WrongServer
 
-from common.conformance.memory import AREA, FIRST, SECOND
+from common.conformance.memory import AREA, FIRST, PAGE, SECOND
 from common.datasheets import pci
 from common.devices.base import EmulatedDevice
 from common.vfio import feature as vfio
@@ -363,6 +363,13 @@ def log_no_more(server: WrongServer) -> None:
     server.device.dma.logging = False
 
 
+def write_to_the_first_area(device: EmulatedDevice) -> None:
+    write = device.dma.write
+    device.dma.write = lambda iova, *rest, **named: write(  # type: ignore[method-assign]
+        iova - AREA if iova >= SECOND else iova, *rest, **named
+    )
+
+
 def write_late(server: WrongServer) -> None:
     if server.device.get_state() is S.STOP:
         server.device.dma.write(SECOND, b"late")
@@ -370,6 +377,10 @@ def write_late(server: WrongServer) -> None:
 
 def stop(server: WrongServer) -> None:
     server.device.set_state(S.STOP)
+
+
+def reset(server: WrongServer) -> None:
+    server.device.reset()
 
 
 def lenient(device: EmulatedDevice) -> None:
@@ -534,9 +545,10 @@ DEFECTS: dict[str, Defect] = {
     "migration-data.move-with-pre-copy": Defect("STOP is refused", first(begin_again, arc(S.PRE_COPY, S.STOP_COPY))),
     "migration-data.other-pieces": Defect("MIG_DATA_WRITE is refused", refusing(odd_write)),
     "migration-data.read-in-pieces": Defect("STOP is refused", losing_odd_bytes),
-    "migration-data.cancel-pre-copy": Defect("closed the connection", hanging_up(arc(S.PRE_COPY, S.RUNNING))),
-    "migration-data.cancel-stop-copy": Defect("closed the connection", hanging_up(arc(S.STOP_COPY, S.STOP))),
+    "migration-data.cancel-pre-copy": Defect("region 0 differs at 0x", then(reset, arc(S.PRE_COPY, S.RUNNING))),
+    "migration-data.cancel-stop-copy": Defect("region 0 differs at 0x", then(reset, arc(S.STOP, S.RUNNING))),
     "migration-data.truncated-data": Defect("are taken for a state", device=lenient),
+    "migration-data.truncated-pre-copy": Defect("are taken for a state", device=lenient),
     "migration-data.senseless-data": Defect("closed the connection", hanging_up(arc(S.RESUMING, S.STOP))),
     "dirty-logging.features": Defect(
         "DMA_LOGGING_REPORT is not there", refusing(probe_of(DeviceFeature.DMA_LOGGING_REPORT, vfio.FEATURE_GET))
@@ -594,3 +606,56 @@ DEFECTS: dict[str, Defect] = {
         "DMA_MAP is refused: EEXIST", refusing(all_of(later, command(Command.DMA_MAP)), errno.EEXIST)
     ),
 }
+
+FURTHER: list[tuple[str, Defect]] = [
+    (
+        "interrupts.eventfd",
+        Defect(
+            "taken away was signalled",
+            pretending(all_of(command(Command.DEVICE_SET_IRQS), word(4, 0x21), word(16, 0))),
+        ),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect(
+            "MIG_DATA_READ in RESUMING",
+            obliging(all_of(in_state(S.RESUMING), command(Command.MIG_DATA_READ)), MigData(0).pack() + bytes(64)),
+        ),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect("MIG_DATA_WRITE in PRE_COPY", obliging(all_of(in_state(S.PRE_COPY), command(Command.MIG_DATA_WRITE)))),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect(
+            "refused with EIO, not EINVAL",
+            refusing(all_of(in_state(S.STOP), command(Command.MIG_DATA_WRITE)), errno.EIO),
+        ),
+    ),
+    (
+        "dirty-logging.report-ranges",
+        Defect(
+            "has bits beyond them: 0x800000",
+            mangling(all_of(REPORT, qword(16, PAGE)), patched(REPORTED, b"\x02")),
+        ),
+    ),
+    (
+        "description.device-info",
+        Defect("the answer makes no sense", mangling(command(Command.DEVICE_GET_INFO), patched(0, b"\x08"))),
+    ),
+]
+
+MOST_VECTORS = Defect("", mangling(command(Command.DEVICE_GET_IRQ_INFO), patched(12, b"\xff" * 4)))
+
+UNJUDGED: list[tuple[str, Defect]] = [
+    (
+        "regions.bounds",
+        Defect(
+            "configuration space has 1 bytes",
+            mangling(all_of(command(Command.DEVICE_GET_REGION_INFO), word(8, 7)), patched(16, bytes([1, 0]))),
+        ),
+    ),
+    ("device-dma.parts", Defect("without writing to memory directly", device=write_to_the_first_area)),
+]
+"""Odd answers that the check is not about, and what it says then."""
