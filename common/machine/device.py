@@ -16,7 +16,7 @@ from common.machine.device_config import DeviceSpec
 from common.machine.device_process import StartedDevice
 from common.vfio.feature import Buffer, PrecopyInfo
 from common.vfio.migration import PRECOPY_STATES, SAVING_STATES, DeviceState, MigrationFlags
-from common.vfio_user.client import VfioUserClient
+from common.vfio_user.client import DeviceError, VfioUserClient
 from common.vfio_user.description import IrqInfo
 
 __all__ = ["AttachedDevice", "Digest", "Pending", "ResetFailedError", "ResetInsteadError", "Sizes"]
@@ -33,6 +33,7 @@ VFIO_IRQ_SET_DATA_EVENTFD_ACTION_TRIGGER = 0x24
 VFIO_REGION_INFO_FLAG_READ = 1
 MAX_VECTORS = 32  # that are given to the guest
 READ_SIZE = 1 << 20
+EVENTFD = "anon_inode:[eventfd]"
 _NOT_THERE = frozenset({errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -114,11 +115,16 @@ class AttachedDevice:
 
     def _find_doorbells(self) -> list[int]:
         try:
-            return [area.fd for area in self.client.get_region_io_fds(0)]
+            found = [area.fd for area in self.client.get_region_io_fds(0)]
         except OSError as error:
             if error.errno in _NOT_THERE:
                 return []
             raise
+        if any(os.readlink(f"/proc/self/fd/{fd}") != EVENTFD for fd in found):
+            for fd in set(found):
+                os.close(fd)
+            raise DeviceError(errno.EPROTO, f"{self.name}: a descriptor that it gives as a doorbell is no eventfd")
+        return found
 
     @property
     def migration_flags(self) -> MigrationFlags:
@@ -334,9 +340,12 @@ class AttachedDevice:
 
 def _drain(eventfds: Sequence[int]) -> tuple[int, ...]:
     signalled = []
+    count = bytearray(8)
     for index, fd in enumerate(eventfds):
         try:
-            os.eventfd_read(fd)
+            # A device that made it may have made it blocking, and may read it too: no poll could promise that this
+            # read does not wait.
+            os.preadv(fd, [count], -1, os.RWF_NOWAIT)
         except BlockingIOError:
             continue
         signalled.append(index)

@@ -112,14 +112,12 @@ class Leaving:
 
     def rest(self) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Pending]]:
         """Return vCPU state, config spaces, and what was pending, which is taken out of the eventfds."""
-        devices = self._machine.devices
+        devices, pending = self._machine.devices, self._machine.pending
         configs = {name: device.config_space() for name, device in devices.items()}
-        # A machine that came paused has not signalled yet what was pending when it came.
-        pending = {
-            name: device.drain() | self._machine.pending.get(name, Pending()) for name, device in devices.items()
-        }
-        self._machine.pending = pending
-        return self._machine.vcpus.state_out(), configs, pending
+        for name, device in devices.items():
+            # A machine that came paused has not signalled yet what was pending when it came.
+            pending[name] = device.drain() | pending.get(name, Pending())
+        return self._machine.vcpus.state_out(), configs, dict(pending)
 
     def could_have_written(self, page: int) -> list[str]:
         """Return who could have written a page by DMA while it was tracked, and how that was tracked.

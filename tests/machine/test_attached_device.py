@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +244,30 @@ def test_what_was_pending_is_taken_once_and_signalled_again(vectors: set[int], d
     device.signal(pending)
     assert device.drain() == pending
     device.close()
+
+
+def test_a_doorbell_that_blocks_and_was_not_rung_is_not_waited_for(client: FakeClient) -> None:
+    for doorbell in client.doorbells:
+        os.set_blocking(doorbell, True)
+    device = attach(client)
+    os.eventfd_write(client.doorbells[1], 1)
+    drained: list[Pending] = []
+    thread = threading.Thread(target=lambda: drained.append(device.drain()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert drained == [Pending((), (1,))]
+    device.close()
+
+
+def test_a_doorbell_is_an_eventfd(client: FakeClient) -> None:
+    theirs, other = os.pipe()
+    client.doorbells.append(theirs)
+    with pytest.raises(OSError, match="nic0: a descriptor that it gives as a doorbell is no eventfd"):
+        attach(client)
+    for doorbell in client.doorbells:
+        with pytest.raises(OSError):
+            os.fstat(doorbell)  # closed
+    os.close(other)
 
 
 def test_a_digest_reads_all_that_can_be_read(device: AttachedDevice, client: FakeClient) -> None:
