@@ -86,7 +86,7 @@ def client() -> FakeClient:
 
 
 def attach(client: FakeClient, **told: Any) -> AttachedDevice:
-    started = StartedDevice("nic0", Path("nic0.sock"), None, Path("nic0.log"))
+    started = StartedDevice("nic0", Path("nic0.sock"), None)
     return AttachedDevice(DeviceSpec("nic0", "nic", **told), cast("VfioUserClient", client), started)
 
 
