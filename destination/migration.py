@@ -237,9 +237,10 @@ class Arrival:
         differing, compared = [], []
         for theirs in request.devices:
             ours = self._device_digests.get(theirs.name)
-            if ours is None or not (ours.compared and theirs.compared):
+            if ours is None:
                 continue
-            compared.append(theirs.name)
+            if ours.compared and theirs.compared:
+                compared.append(theirs.name)
             what = compare_device(ours, theirs)
             if what is not None:
                 differing.append(migration_pb2.DeviceMismatch(name=theirs.name, what=what))

@@ -52,7 +52,10 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """xxh3_64 of everything that can be read of a stopped device; `dump` is 0 where no dump can be compared."""
+    """xxh3_64 of everything that can be read of a stopped device; `dump` is 0 where no dump can be compared.
+
+    `compared`: there is more than its config space, so that what it holds is compared too.
+    """
 
     config: int
     bars: tuple[int, ...]

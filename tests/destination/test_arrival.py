@@ -556,12 +556,12 @@ def test_all_of_ram_is_compared_and_what_both_sides_could_read_of_devices(
     answer = verify(
         rig,
         pb.DeviceDigest(name="nic0", config=4, bars=[2], compared=True),
-        pb.DeviceDigest(name="nvme0", config=99, compared=True),  # cannot be read here
+        pb.DeviceDigest(name="nvme0", config=99, compared=True),  # has only its config space to read here
         pb.DeviceDigest(name="nobody", compared=True),
     )
     assert answer.chunks == 32 and list(answer.mismatches) == differing
     assert list(answer.compared_devices) == ["nic0"]
-    assert [(d.name, d.what) for d in answer.devices] == [("nic0", "BARs")]
+    assert [(d.name, d.what) for d in answer.devices] == [("nic0", "BARs"), ("nvme0", "config space")]
     assert refused(lambda: verify(rig, digests=b"123")) == "BAD_REQUEST: 3 bytes of digests for 32 chunks"
     (verifier,) = FakeVerifier.made
     assert not verifier.early and verifier.calls == ["read_all", "compare True", "compare True"]
