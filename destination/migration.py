@@ -109,6 +109,7 @@ class Arrival:
                     name=device.name,
                     migration_flags=device.migration_flags,
                     comparable_dump=device.comparable_dump,
+                    bar_sizes=device.bar_sizes,
                 )
                 for device in machine.devices()
             ],

@@ -205,6 +205,7 @@ class _Connection:
                     "state": device.state.name,
                     "comparable_dump": device.client.extension is not None and device.client.extension.comparable_dump,
                     "notes": device.notes,
+                    "bar_sizes": [device.bar_sizes.get(index, 0) for index in range(6)],
                 }
                 for device in self._machine.devices.values()
             ]

@@ -83,7 +83,7 @@ class FakeMachine:
 
     def devices(self) -> list[DeviceInfo]:
         return [
-            DeviceInfo("nic0", "nic", 7, "RESUMING", comparable_dump=True),
+            DeviceInfo("nic0", "nic", 7, "RESUMING", comparable_dump=True, bar_sizes=(4096, *[0] * 5)),
             DeviceInfo("nvme0", "nvme", 1, "RESUMING", comparable_dump=False),
         ]
 
@@ -256,9 +256,9 @@ def refused(call: Callable[[], object]) -> str:
 
 def test_prepare_builds_a_machine_that_waits(rig: Rig) -> None:
     answer = rig.prepare(data_first=[0, 100], data_pages=[10, 1])
-    assert [(d.name, d.migration_flags, d.comparable_dump) for d in answer.devices] == [
-        ("nic0", 7, True),
-        ("nvme0", 1, False),
+    assert [(d.name, d.migration_flags, d.comparable_dump, list(d.bar_sizes)) for d in answer.devices] == [
+        ("nic0", 7, True, [4096, 0, 0, 0, 0, 0]),
+        ("nvme0", 1, False, [0] * 6),
     ]
     assert answer.protocol_version == 1 and rig.state() == PREPARING and rig.host.migrating
     assert rig.machine.notes == [("begin", SESSION), ("enter_resuming",)]

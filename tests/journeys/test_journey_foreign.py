@@ -125,6 +125,19 @@ def test_a_device_that_cannot_be_had(rig: Rig, lines: str, said: str) -> None:
     goes_on(source, before)
 
 
+@pytest.mark.matrix
+def test_a_device_whose_bars_are_of_another_size_there(rig: Rig) -> None:
+    """The guest would find other BARs where it knows its own."""
+    source = rig.start("source", attached("accelerator", f"command = '{command('accelerator')}'"))
+    starts = f"command = '{command('accelerator', f'memory={8 << 20}')}'"
+    destination = rig.start("destination", options=("--device-file", str(device_file(rig, starts))))
+    before = goes_on(source)
+    result = source.migrate(destination.address)
+    assert (result.result, result.reason, result.owner) == ("failed", "DEVICE_DIFFERS", "source")
+    assert result.error.startswith("far0: its BARs have ")
+    goes_on(source, before)
+
+
 def test_a_device_that_dies_is_the_machines_end(rig: Rig) -> None:
     source = rig.start("source", attached("nic", f"command = '{command('nic')}'"))
     goes_on(source)

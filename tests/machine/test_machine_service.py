@@ -43,6 +43,7 @@ class FakeDevice:
         self.spec = SimpleNamespace(kind="nic", container="default")
         self.migration_flags = 7
         self.state = DeviceState.RUNNING
+        self.bar_sizes = {0: 4096, 2: 1 << 20}
         self.client = SimpleNamespace(
             extension=SimpleNamespace(comparable_dump=True),
             mig_data_write=lambda data: notes.append(f"{name} takes {bytes(data)!r}"),
@@ -212,6 +213,7 @@ def test_a_machine_as_a_whole(rig: Rig) -> None:
         ("nic0", "nic", "RUNNING", True),
         ("nic1", "nic", "RUNNING", True),
     ]
+    assert client.devices()[0].bar_sizes == [4096, 0, 1 << 20, 0, 0, 0]
     assert (client.guest_gap_us(5), client.guest_gap_us(6)) == (1234, None)
     client.pause()
     client.throttle(30)
