@@ -180,8 +180,16 @@ class AttachedDevice:
         """The number of the saving session, 0 if there is none."""
         return self._sessions if self._state in SAVING_STATES else 0
 
-    def enter(self, target: DeviceState, recover: DeviceState = DeviceState.ERROR) -> None:
+    def enter(
+        self,
+        target: DeviceState,
+        recover: DeviceState = DeviceState.ERROR,
+        *,
+        only_from: DeviceState | None = None,
+    ) -> None:
         """Change the migration state, step by step as the device decides; do nothing if it is there already.
+
+        `only_from`: for who knows it in that state and may be late; OSError EINVAL if it is in another.
 
         On failure go to `recover` if that is not ERROR, else or if that fails too reset the device, and raise the first
         error, as it is or as `ResetInsteadError` (QEMU: vfio_migration_set_state; contract M2). ResetFailedError if
@@ -190,6 +198,8 @@ class AttachedDevice:
         with self._lock:
             if self._state is target or not self.migration_flags:
                 return
+            if only_from is not None and only_from is not self._state:
+                raise OSError(errno.EINVAL, f"{self.name}: is in {self._state.name}, not in {only_from.name}")
             try:
                 self.client.set_state(target)
             except OSError as error:
@@ -327,10 +337,11 @@ class AttachedDevice:
 
     def _hash_dump(self) -> int:
         state = xxhash.xxh3_64()
-        self.enter(DeviceState.STOP_COPY, recover=DeviceState.STOP)
+        # The migration may end while this is read: then somebody else has taken the device away.
+        self.enter(DeviceState.STOP_COPY, recover=DeviceState.STOP, only_from=DeviceState.STOP)
         while data := self.client.mig_data_read(READ_SIZE):
             state.update(data)
-        self.enter(DeviceState.STOP, recover=DeviceState.STOP)
+        self.enter(DeviceState.STOP, recover=DeviceState.STOP, only_from=DeviceState.STOP_COPY)
         return state.intdigest()
 
     def close(self) -> None:

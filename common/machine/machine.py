@@ -269,11 +269,18 @@ class Machine:
         for device in self.devices.values():
             self.enter(device, state, recover)
 
-    def enter(self, device: AttachedDevice, state: DeviceState, recover: DeviceState = DeviceState.ERROR) -> None:
+    def enter(
+        self,
+        device: AttachedDevice,
+        state: DeviceState,
+        recover: DeviceState = DeviceState.ERROR,
+        *,
+        only_from: DeviceState | None = None,
+    ) -> None:
         """Take a device to a state, in the machine's turn; the machine has failed if the device cannot be reset."""
         try:
             with self.turn:
-                device.enter(state, recover)
+                device.enter(state, recover, only_from=only_from)
         except ResetFailedError as error:
             self.fail(f"a device could not be reset: {error.strerror}")
             raise

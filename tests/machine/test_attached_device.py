@@ -127,6 +127,20 @@ def test_a_refused_change_goes_to_where_it_can_recover(device: AttachedDevice, c
     assert device.state is DeviceState.STOP and client.resets == 0
 
 
+def test_who_is_late_does_not_take_a_device_away(device: AttachedDevice, client: FakeClient) -> None:
+    device.enter(DeviceState.STOP_COPY)
+    device.enter(DeviceState.STOP, only_from=DeviceState.STOP_COPY)
+    device.enter(DeviceState.STOP, only_from=DeviceState.STOP_COPY)  # it is there
+    device.enter(DeviceState.RUNNING)
+    with pytest.raises(OSError, match="nic0: is in RUNNING, not in STOP_COPY"):
+        device.enter(DeviceState.STOP, recover=DeviceState.STOP, only_from=DeviceState.STOP_COPY)
+    client.extension = Extension()
+    with pytest.raises(OSError, match="nic0: is in RUNNING, not in STOP"):
+        device.digest()
+    assert client.states == [DeviceState.STOP_COPY, DeviceState.STOP, DeviceState.RUNNING]
+    assert device.state is DeviceState.RUNNING and not client.resets
+
+
 @pytest.mark.parametrize("recover", [DeviceState.ERROR, DeviceState.STOP])
 def test_what_cannot_recover_is_reset(device: AttachedDevice, client: FakeClient, recover: DeviceState) -> None:
     client.refused = {DeviceState.STOP_COPY, DeviceState.STOP}

@@ -127,8 +127,8 @@ class FakeMachine:
     def blockers(self) -> list[str]:
         return ["one", "two"]
 
-    def enter(self, device: FakeDevice, state: DeviceState, recover: DeviceState) -> None:
-        self.notes.append(f"{device.name} enters {state.name}, else {recover.name}")
+    def enter(self, device: FakeDevice, state: DeviceState, recover: DeviceState, *, only_from: DeviceState) -> None:
+        self.notes.append(f"{device.name} enters {state.name} from {only_from.name}, else {recover.name}")
 
     def fail(self, cause: str) -> None:
         self.notes.append(f"failed: {cause}")
@@ -242,6 +242,15 @@ def test_nothing_leaves_before_it_begins(rig: Rig, name: str) -> None:
         getattr(rig.connect(), name)()
 
 
+def test_a_device_is_left_alone_when_its_migration_has_ended(rig: Rig) -> None:
+    holder, reader = rig.connect(), rig.connect()
+    holder.begin("5e55")
+    holder.end()
+    with pytest.raises(RequestError, match="no migration runs"):
+        reader.leave_stop_copy("nic0")
+    assert rig.machine.notes == ["begins", "end"]
+
+
 def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
     client = rig.connect()
     assert client.begin("5e55") is True
@@ -275,7 +284,7 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
         "enter_precopy",
         "pause_vcpus",
         "stop_devices",
-        "nic1 enters STOP, else STOP",
+        "nic1 enters STOP from STOP_COPY, else STOP",
         "end",
     ]
 
