@@ -105,6 +105,13 @@ class AttachedDevice:
         self._read_session = 0  # of the last read
         # Held by changes of state and by what must not fall into two sessions.
         self._lock = threading.Lock()
+        self.config_size = next((region.size for region in client.regions if region.index == CONFIG_REGION), 0)
+        if not pci_config.MIN_SIZE <= self.config_size <= pci_config.MAX_SIZE:
+            raise DeviceError(
+                errno.EPROTO,
+                f"{self.name}: its configuration space has {self.config_size} bytes, that of a PCI device has from "
+                f"{pci_config.MIN_SIZE} to {pci_config.MAX_SIZE}",
+            )
         self.bar_sizes = {region.index: region.size for region in client.regions if region.index < 6 and region.size}
         kinds = {irq.index: irq for irq in client.irqs if irq.count}
         irq = next((kinds[index] for index in INTERRUPTS if index in kinds), IrqInfo(VFIO_PCI_INTX_IRQ_INDEX))
@@ -291,8 +298,7 @@ class AttachedDevice:
 
     def config_space(self) -> bytes:
         """Read the whole PCI configuration space."""
-        size = next(region.size for region in self.client.regions if region.index == CONFIG_REGION)
-        return bytes(self.client.region_read(CONFIG_REGION, 0, size))
+        return bytes(self.client.region_read(CONFIG_REGION, 0, self.config_size))
 
     def restore_config(self, config: bytes) -> None:
         """Write back what a guest had written and what is not there yet (contract M7)."""

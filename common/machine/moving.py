@@ -244,8 +244,16 @@ class Arriving:
         *,
         paused: bool,
     ) -> None:
-        """Take all devices out of RESUMING side by side, which validates their state; restore all the rest."""
+        """Take all devices out of RESUMING side by side, which validates their state; restore all the rest.
+
+        OSError: EINVAL, and nothing is done, for what fits no device.
+        """
         devices = self._machine.devices
+        for name, config in configs.items():
+            if len(config) != devices[name].config_size:
+                raise OSError(
+                    errno.EINVAL, f"{name}: {len(config)} bytes for {devices[name].config_size} of config space"
+                )
         for name, its in pending.items():
             device = devices[name]
             if max(its.vectors, default=-1) >= len(device.interrupts):

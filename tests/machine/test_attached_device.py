@@ -105,6 +105,16 @@ def test_what_is_there(device: AttachedDevice, client: FakeClient) -> None:
     assert device.migration_flags == MigrationFlags(ALL)
 
 
+@pytest.mark.parametrize("size", [0, 63, 4097, 1 << 60])
+def test_a_device_without_a_configuration_space_is_none(client: FakeClient, size: int) -> None:
+    client.regions[-1].size = size
+    with pytest.raises(OSError, match=f"nic0: its configuration space has {size} bytes, that of a PCI device has from"):
+        attach(client)
+    del client.regions[-1]
+    with pytest.raises(OSError, match="nic0: its configuration space has 0 bytes"):
+        attach(client)
+
+
 def test_a_device_that_was_told_not_to_does_not_migrate(client: FakeClient) -> None:
     device = attach(client, migration="off")
     assert device.migration_flags == 0
