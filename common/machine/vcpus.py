@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.ipc.channel import Client, Handler, serve
+from common.ipc.channel import MAX_FDS, Client, Handler, serve
 from common.machine.device_process import REQUEST_SECONDS
 from common.memory.bitmap import unpack
 from common.memory.ram import GuestRam
@@ -52,7 +52,9 @@ class Vcpus:
 
     def attach(self, boot: Mapping[str, Any], fds: Sequence[int]) -> None:
         """Tell the vCPU what machine it is in: programs, devices, doorbells, interrupts."""
-        self._control.call("attach", fds=fds, boot=boot)
+        for first in range(0, len(fds), MAX_FDS):
+            self._control.call("descriptors", fds=fds[first : first + MAX_FDS])
+        self._control.call("attach", boot=boot)
 
     def run(self) -> None:
         """Let it run."""
