@@ -109,6 +109,7 @@ class Arrival:
                     name=device.name,
                     migration_flags=device.migration_flags,
                     comparable_dump=device.comparable_dump,
+                    bar_sizes=device.bar_sizes,
                 )
                 for device in machine.devices()
             ],
@@ -237,9 +238,10 @@ class Arrival:
         differing, compared = [], []
         for theirs in request.devices:
             ours = self._device_digests.get(theirs.name)
-            if ours is None or not (ours.compared and theirs.compared):
+            if ours is None:
                 continue
-            compared.append(theirs.name)
+            if ours.compared and theirs.compared:
+                compared.append(theirs.name)
             what = compare_device(ours, theirs)
             if what is not None:
                 differing.append(migration_pb2.DeviceMismatch(name=theirs.name, what=what))

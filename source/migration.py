@@ -33,6 +33,7 @@ from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
 from source.commit import RevokedError, commit, wait_until_started
+from source.counterparts import check_counterparts
 from source.failures import CancelledError, NotConvergedError, explain
 from source.history import History
 from source.lanes import LaneStats
@@ -157,6 +158,7 @@ class Migration:
                 timeout=self._long_call_s,
             )
             self._prepared = True
+        check_counterparts(devices, prepared.devices)
         self._check()
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()
