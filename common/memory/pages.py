@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import lz4.block
@@ -29,6 +29,7 @@ from common.memory.runs import Runs
 __all__ = [
     "BATCH_PAGES",
     "MAX_PAGES",
+    "MAX_PAYLOAD",
     "MAX_RUNS",
     "Applier",
     "Encoding",
@@ -42,6 +43,7 @@ __all__ = [
 BATCH_PAGES = 256  # pages with a payload: 1 MiB
 MAX_PAGES = 1 << 22  # pages of any kind: 16 GiB of holes, 512 KiB of zero bits
 MAX_RUNS = 1 << 16  # 1 MiB of run numbers
+MAX_PAYLOAD = BATCH_PAGES * PAGE_SIZE + BATCH_PAGES * PAGE_SIZE // 255 + 16  # bytes, packed: LZ4_COMPRESSBOUND
 # Pages looked at together: 64 MiB, so that a batch that is not full is rare, and zero pages fill no batches at all.
 _WINDOW_PAGES = 1 << 14
 # One word of each eighth of a page tells most pages that are not zero.
@@ -256,10 +258,14 @@ class Applier:
         self._written = np.zeros(ram.layout.pages, np.bool_)
         self.generation_of_chunk = np.zeros(ram.layout.pages // CHUNK_PAGES, np.uint32)
 
-    def apply(self, batch: PageBatch) -> tuple[int, int]:
+    def apply(self, batch: PageBatch, receive: Callable[[Sequence[memoryview]], None] | None = None) -> tuple[int, int]:
         """Put a batch into RAM; return (pages, zero pages among them).
 
         `ValueError`, with RAM unchanged, if the batch is not in order.
+
+        With `receive` the payload has not come yet: `batch.payload` is one buffer of its size, which `receive` is told
+        to fill, or better, for raw pages in not too many pieces, the places in RAM where they belong. If it fails
+        there, those pages are half written, and count as written: they must be sent again, or the machine given up.
         """
         check(batch, self._ram.layout.pages)
         covered = batch.run_first.astype(np.int64), batch.run_pages.astype(np.int64)
@@ -268,15 +274,32 @@ class Applier:
             self._clear(covered)
             return pages, zero_pages
         numbers = runs.expand(covered)
+        cleared = None
         if zero_pages:
             zero = np.unpackbits(np.frombuffer(batch.zero, np.uint8), count=pages, bitorder="little").view(np.bool_)
-            payload = self._unpack(batch, pages - zero_pages)
-            self._clear(runs.from_pages(numbers[zero]))
-            numbers = numbers[~zero]
-        else:
-            payload = self._unpack(batch, pages)
-        self._store(numbers, payload)
+            cleared, numbers = runs.from_pages(numbers[zero]), numbers[~zero]
+        places = runs.from_pages(numbers)
+        payload = None
+        if receive is None or batch.encoding != Encoding.RAW or places[0].size > _MAX_PARTS:
+            if receive is not None:
+                receive([memoryview(part) for part in batch.payload])
+            payload = self._unpack(batch, numbers.size)
+        if cleared is not None:
+            self._clear(cleared)
+        self._written[numbers] = True
+        try:
+            if payload is not None:
+                self._store(numbers, places, payload)
+            elif receive is not None:
+                receive(self._views(places))
+        finally:
+            self._changed(numbers)
         return pages, zero_pages
+
+    def _views(self, places: Runs) -> list[memoryview]:
+        starts = (places[0] * PAGE_SIZE).tolist()
+        ends = ((places[0] + places[1]) * PAGE_SIZE).tolist()
+        return [self._ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def _unpack(self, batch: PageBatch, pages: int) -> npt.NDArray[np.uint8]:
         packed = batch.payload[0] if len(batch.payload) == 1 else b"".join(batch.payload)
@@ -290,8 +313,8 @@ class Applier:
                 raise ValueError(f"a batch's payload unpacks to {len(packed)} bytes, not {size}")
         return np.frombuffer(packed, np.uint8).reshape(-1, PAGE_SIZE)
 
-    def _store(self, numbers: npt.NDArray[np.int64], payload: npt.NDArray[np.uint8]) -> None:
-        first, count = runs.from_pages(numbers)
+    def _store(self, numbers: npt.NDArray[np.int64], places: Runs, payload: npt.NDArray[np.uint8]) -> None:
+        first, count = places
         if first.size <= _MAX_PARTS:
             done = 0
             for begin, pages in zip(first.tolist(), count.tolist(), strict=True):
@@ -299,8 +322,6 @@ class Applier:
                 done += pages
         else:
             self._ram.pages[numbers] = payload
-        self._written[numbers] = True
-        self._changed(numbers)
 
     def _clear(self, zero: Runs) -> None:
         """Clear those pages that something was written to; the others are zero, and most of them holes."""
