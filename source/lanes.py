@@ -44,6 +44,10 @@ class PageLane(Protocol):
     def sequence(self) -> int:
         """Number of the last batch."""
 
+    @property
+    def batch_pages(self) -> int:
+        """How many pages with a payload a batch should have."""
+
     def send(self, batch: PageBatch) -> int:
         """Number a batch and send it, as soon as the bandwidth limit and the destination let it; return its size."""
 
@@ -111,7 +115,8 @@ class PageLanes:
 
     def _send(self, lane: PageLane, runs: Runs, data: Runs, number: int) -> LaneStats:
         stats = LaneStats()
-        for batch in encode(self._ram, *runs, round=number, compress=self._compress, data=data):
+        size = lane.batch_pages
+        for batch in encode(self._ram, *runs, round=number, compress=self._compress, data=data, batch_pages=size):
             stats.sent_bytes += lane.send(batch)
             stats.pages += batch.pages
             stats.zero_pages += batch.zero_pages

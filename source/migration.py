@@ -144,6 +144,7 @@ class Migration:
         assert record is not None
         self._incarnation = record.incarnation + 1
         data_first, data_pages = self._ram.data_runs()
+        mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
         with self._calling():
             prepared = self._stub.Prepare(
                 migration_pb2.PrepareRequest(
@@ -161,6 +162,7 @@ class Migration:
                 timeout=self._long_call_s,
             )
             self._prepared = True
+        mapping.result()
         self._check()
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()

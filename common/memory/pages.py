@@ -28,6 +28,7 @@ from common.memory.runs import Runs
 
 __all__ = [
     "BATCH_PAGES",
+    "MAX_BATCH_PAGES",
     "MAX_PAGES",
     "MAX_PAYLOAD",
     "MAX_RUNS",
@@ -41,9 +42,10 @@ __all__ = [
 ]
 
 BATCH_PAGES = 256  # pages with a payload: 1 MiB
+MAX_BATCH_PAGES = 1024  # the most of them that are accepted
 MAX_PAGES = 1 << 22  # pages of any kind: 16 GiB of holes, 512 KiB of zero bits
 MAX_RUNS = 1 << 16  # 1 MiB of run numbers
-MAX_PAYLOAD = BATCH_PAGES * PAGE_SIZE + BATCH_PAGES * PAGE_SIZE // 255 + 16  # bytes, packed: LZ4_COMPRESSBOUND
+MAX_PAYLOAD = MAX_BATCH_PAGES * PAGE_SIZE + MAX_BATCH_PAGES * PAGE_SIZE // 255 + 16  # packed: LZ4_COMPRESSBOUND
 # Pages looked at together: 64 MiB, so that a batch that is not full is rare, and zero pages fill no batches at all.
 _WINDOW_PAGES = 1 << 14
 # One word of each eighth of a page tells most pages that are not zero.
@@ -114,8 +116,11 @@ def encode(
     round: int,  # noqa: A002 - the name that the field has everywhere
     compress: bool,
     data: Runs | None = None,
+    batch_pages: int = BATCH_PAGES,
 ) -> Iterator[PageBatch]:
     """Yield batches that carry the pages of ascending runs, each page once; their sequence is 0.
+
+    A batch has up to `batch_pages` (at most `MAX_BATCH_PAGES`) pages with a payload, of 4096 bytes before compression.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
     dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM: it is to be
@@ -128,12 +133,12 @@ def encode(
     for start in range(0, absent[0].size, MAX_RUNS):
         for window in _windows((absent[0][start : start + MAX_RUNS], absent[1][start : start + MAX_RUNS]), MAX_PAGES):
             yield _batch(round, window, _ones(runs.total(window)))
-    scratch = np.empty((BATCH_PAGES, PAGE_SIZE), np.uint8) if compress else None
+    scratch = np.empty((batch_pages, PAGE_SIZE), np.uint8) if compress else None
     for window in _windows(present, _WINDOW_PAGES):
         pages = runs.expand(window)
         zero = _zero_pages(ram, pages)
-        # A batch begins at each 256th page that has a payload; zero pages go with the batch before them.
-        begins = [0, *np.flatnonzero(~zero)[BATCH_PAGES::BATCH_PAGES].tolist(), pages.size]
+        # Zero pages go with the batch before them.
+        begins = [0, *np.flatnonzero(~zero)[batch_pages::batch_pages].tolist(), pages.size]
         for begin, end in itertools.pairwise(begins):
             bits = zero[begin:end]
             batch = _batch(round, runs.from_pages(pages[begin:end]), np.packbits(bits, bitorder="little").tobytes())
@@ -230,8 +235,8 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
 
 def _check_payload(batch: PageBatch, expected: int) -> None:
     size = batch.payload_bytes
-    if expected > BATCH_PAGES * PAGE_SIZE:
-        raise ValueError(f"a batch has {expected // PAGE_SIZE} pages with a payload, more than {BATCH_PAGES}")
+    if expected > MAX_BATCH_PAGES * PAGE_SIZE:
+        raise ValueError(f"a batch has {expected // PAGE_SIZE} pages with a payload, more than {MAX_BATCH_PAGES}")
     if batch.encoding == Encoding.RAW:
         if size != expected:
             raise ValueError(f"a batch has {size} bytes of payload, not {expected}")
@@ -336,4 +341,5 @@ class Applier:
 
     def _changed(self, numbers: npt.NDArray[np.int64]) -> None:
         chunks = numbers // CHUNK_PAGES
-        self.generation_of_chunk[chunks[np.flatnonzero(np.diff(chunks, prepend=-1))]] += 1
+        self.generation_of_chunk[chunks[:1]] += 1
+        self.generation_of_chunk[chunks[1:][chunks[1:] != chunks[:-1]]] += 1
