@@ -35,11 +35,11 @@ from destination import handover
 from destination.handover import Event
 from destination.lane_port import LanePort
 from destination.lanes import Lanes, Receive
-from destination.loading import Loading
+from destination.loading import Loading, check_whole
 from destination.refusal import bad
 from destination.request import changes, check_memory, config, describe, find_devices
 from destination.tcp_lane import receive_batches
-from destination.verifier import Verifier, compare_device
+from destination.verifier import Verifier, compare_devices
 
 __all__ = ["Arrival"]
 
@@ -234,12 +234,7 @@ class Arrival:
             raise bad("not all page batches have arrived")
         if request.mapping_sequence != self._mapping_sequence:
             raise bad("not all mapping changes have arrived")
-        if {device.name for device in request.devices} != set(self._devices):
-            raise bad("the devices are not those that were prepared")
-        for device in request.devices:
-            loading = self._devices[device.name]
-            if not loading.ended or loading.sequence != device.record_sequence:
-                raise bad(f"{device.name}: its state has not arrived whole")
+        check_whole(self._devices, request.devices)
 
     def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
@@ -257,16 +252,7 @@ class Arrival:
             raise bad(str(error)) from error
         if self._verify == Verify.VERIFY_MODE_DEFERRED:
             self._let_go()
-        differing, compared = [], []
-        for theirs in request.devices:
-            ours = self._device_digests.get(theirs.name)
-            if ours is None:
-                continue
-            if ours.compared and theirs.compared:
-                compared.append(theirs.name)
-            what = compare_device(ours, theirs)
-            if what is not None:
-                differing.append(migration_pb2.DeviceMismatch(name=theirs.name, what=what))
+        differing, compared = compare_devices(self._device_digests, request.devices)
         return migration_pb2.VerifyResponse(
             chunks=len(request.chunk_digests) // 8,
             mismatches=mismatches,

@@ -58,9 +58,9 @@ def test_there_and_back_and_who_is_not_let_in(rig: Rig, certs: Path, hosts: tupl
     result = b.migrate(f"localhost:{a.port}")
     assert (result.result, result.reason) == ("failed", "UNREACHABLE")
     assert "TLS: the daemon's certificate is for other names" in result.error
-    options = ("--source", b.address, "--destination", a.address, "--tls", str(certs / "ops"))
+    options = ("--source", b.address, "--destination", a.address, "--tls", str(certs / "ops"), "--lane-kind", "tcp")
     document = switchover_json("migrate", *options)
-    assert (document["result"], document["verified"]) == ("completed", True)
+    assert (document["result"], document["verified"], document["lane_kind"]) == ("completed", True, "tcp")
     counters = goes_on(a, counters)
 
     # Operators: none, another CA's, one of ours who is not allowed; each is told in a line.
