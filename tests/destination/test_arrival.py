@@ -723,6 +723,24 @@ def test_nothing_is_compared_once_its_machine_has_settled(rig: Rig) -> None:
 # handover
 
 
+def test_a_machine_that_is_not_what_it_was_is_halted(rig: Rig) -> None:
+    def halt(session_id: str = SESSION) -> None:
+        rig.servicer.Halt(pb.HaltRequest(session_id=session_id, reason="memory differs"), CONTEXT)
+
+    rig.ready(verify=pb.VERIFY_MODE_DEFERRED)
+    assert refused(halt).startswith("NO_SESSION")
+    rig.commit()
+    rig.settled()
+    record.write(
+        rig.host.record_path, Record(UUID, "vm", INCARNATION, Ownership.OWNER, "/d", SESSION)
+    )  # as a machine does that is told to
+    assert refused(lambda: halt("another")).startswith("NO_SESSION")
+    halt()
+    rig.servicer._arrival = None  # as after a new start
+    halt()
+    assert rig.machine.did("pause") == [("pause",)] * 2
+
+
 def test_a_decision_is_on_disk_before_anyone_acts_on_it(rig: Rig) -> None:
     rig.ready()
     answer = rig.commit()
