@@ -7,7 +7,6 @@ its own, and `after` (destination/handover.py) says which may follow which.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +22,9 @@ from common import hooks
 from common.host.host import COMMITTED, REVOKED, Host
 from common.ipc.channel import ClosedError, RequestError
 from common.machine.attachments import with_attachments
-from common.machine.client import Changes, DeviceConfig, MachineClient, MappingChange
-from common.machine.config import MachineSpec, from_json
-from common.machine.device import Digest, Pending
-from common.machine.fields import ConfigError
+from common.machine.client import MachineClient
+from common.machine.config import MachineSpec
+from common.machine.device import Digest
 from common.machine.launch import launch
 from common.machine.record import Ownership
 from common.memory.layout import PAGE_SIZE
@@ -34,6 +32,7 @@ from common.memory.pages import Applier, PageBatch
 from common.rpc.errors import RefusalError
 from destination import handover
 from destination.handover import Event
+from destination.requests import bad, changes, describe, rest
 from destination.verifier import Verifier, compare_device
 
 __all__ = ["Arrival"]
@@ -60,14 +59,14 @@ class Arrival:
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="arrival")
         self._lane_sequences = [0] * max(request.lanes, 1)
         self._mapping_sequence = 0
-        self._open_streams = 0
+        self._open_streams: set[str] = set()
+        self._prepared = False
         self._active_at = time.monotonic()
         self._held = ExitStack()
         self._verifier: Verifier | None = None
         self._machine: MachineClient | None = None
         self._devices: dict[str, _Loading] = {}
         self._device_digests: dict[str, Digest] = {}
-        self._applier: Applier | None = None
         self._reading: Future[None] | None = None
         self._paused = False
         self._revoked_for = ""
@@ -78,7 +77,7 @@ class Arrival:
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
         """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING."""
-        spec = _find_devices(_describe(request), self._host)
+        spec = _find_devices(describe(request), self._host)
         _check_memory(sum(request.data_pages) * PAGE_SIZE)
         directory = self._host.run_directory(self.session_id)
         try:
@@ -100,6 +99,7 @@ class Arrival:
             if self.state != handover.PREPARING:
                 # It was revoked while it was built, when there was nothing to take down yet.
                 self._take_down()
+            self._prepared = True
             self._expect(handover.PREPARING)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return migration_pb2.PrepareResponse(
@@ -119,17 +119,15 @@ class Arrival:
     def apply_pages(self, lane: int, batches: Iterator[PageBatch]) -> Iterator[migration_pb2.SendPagesResponse]:
         """Write one lane's pages to RAM; acknowledge each batch once it is there."""
         if not 0 <= lane < len(self._lane_sequences):
-            raise _bad(f"lane {lane} was not announced")
+            raise bad(f"lane {lane} was not announced")
         for batch in batches:
             self._expect(handover.PREPARING)
-            if self._applier is None:
-                raise _bad("the session is not prepared yet")
             if batch.sequence != self._lane_sequences[lane] + 1:
-                raise _bad(f"lane {lane}: batch {batch.sequence} after {self._lane_sequences[lane]}")
+                raise bad(f"lane {lane}: batch {batch.sequence} after {self._lane_sequences[lane]}")
             try:
                 self._applier.apply(batch)
             except ValueError as error:
-                raise _bad(f"lane {lane}, batch {batch.sequence}: {error}") from error
+                raise bad(f"lane {lane}, batch {batch.sequence}: {error}") from error
             self._lane_sequences[lane] = batch.sequence
             yield migration_pb2.SendPagesResponse(applied_sequence=batch.sequence)
 
@@ -139,7 +137,7 @@ class Arrival:
         """Give one device its data; acknowledge each record once the device has taken it."""
         loading = self._devices.get(name)
         if loading is None:
-            raise _bad(f"there is no device {name}")
+            raise bad(f"there is no device {name}")
         assert self._machine is not None
         machine = self._machine.another()
         try:
@@ -169,8 +167,8 @@ class Arrival:
             for batch in batches:
                 self._expect(handover.PREPARING)
                 if batch.sequence != self._mapping_sequence + 1:
-                    raise _bad(f"mappings: batch {batch.sequence} after {self._mapping_sequence}")
-                machine.change_mappings(_changes(batch))
+                    raise bad(f"mappings: batch {batch.sequence} after {self._mapping_sequence}")
+                machine.change_mappings(changes(batch))
                 self._mapping_sequence = batch.sequence
                 yield migration_pb2.SendMappingsResponse(applied_sequence=batch.sequence)
         finally:
@@ -182,18 +180,15 @@ class Arrival:
         """Check that all has arrived, load the rest, take the devices out of RESUMING: they validate their state."""
         began = time.monotonic()
         self._expect(handover.PREPARING)
+        vcpu, configs = rest(request, self._devices, len(self._lane_sequences))
         self._check_complete(request)
-        try:
-            vcpu = json.loads(request.vcpu_json)
-            self._run = int(vcpu["runs"]) + 1
-        except (KeyError, TypeError, ValueError) as error:
-            raise _bad(f"vCPU state: {error}") from error
+        self._run = vcpu["runs"] + 1
         assert self._machine is not None
         self._paused = request.paused
         reading = None
         if self._verify == Verify.VERIFY_MODE_DEFERRED and self._verifier is not None:
             reading = self._pool.submit(self._verifier.complete)
-        self._machine.load(vcpu, [_config(device) for device in request.devices], paused=request.paused)
+        self._machine.load(vcpu, configs, paused=request.paused)
         if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
             # After the devices have validated their state: what one of them wrote meanwhile is read too.
             reading = self._pool.submit(self._verifier.read_all)
@@ -208,15 +203,13 @@ class Arrival:
 
     def _check_complete(self, request: migration_pb2.FinishRequest) -> None:
         if list(request.lane_sequences) != self._lane_sequences:
-            raise _bad("not all page batches have arrived")
+            raise bad("not all page batches have arrived")
         if request.mapping_sequence != self._mapping_sequence:
-            raise _bad("not all mapping changes have arrived")
-        if {device.name for device in request.devices} != set(self._devices):
-            raise _bad("the devices are not those that were prepared")
+            raise bad("not all mapping changes have arrived")
         for device in request.devices:
             loading = self._devices[device.name]
             if not loading.ended or loading.sequence != device.record_sequence:
-                raise _bad(f"{device.name}: its state has not arrived whole")
+                raise bad(f"{device.name}: its state has not arrived whole")
 
     def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
@@ -231,7 +224,7 @@ class Arrival:
             strict = self._verify == Verify.VERIFY_MODE_STRICT
             mismatches = self._verifier.compare(request.chunk_digests, pages=strict)
         except ValueError as error:
-            raise _bad(str(error)) from error
+            raise bad(str(error)) from error
         if self._verify == Verify.VERIFY_MODE_DEFERRED:
             self._let_go()
         differing, compared = [], []
@@ -373,16 +366,27 @@ class Arrival:
 
     def _expect(self, state: handover.State.ValueType) -> None:
         self._active_at = time.monotonic()
+        if self.state == handover.PREPARING and not self._prepared:
+            raise bad("the session is not prepared yet")
         if self.state != state:
             name = handover.State.Name(self.state).removeprefix("SESSION_STATE_")
             why = f": {self._revoked_for}" if self._revoked_for else ""
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}{why}")
 
-    def streaming(self, stream: Callable[[], Iterator[Response]], context: grpc.ServicerContext) -> Iterator[Response]:
-        """Serve one stream; one that breaks before COMMIT ends the session."""
-        with self._decision:
-            self._open_streams += 1
+    def streaming(
+        self, name: str, stream: Callable[[], Iterator[Response]], context: grpc.ServicerContext
+    ) -> Iterator[Response]:
+        """Serve the one stream of that name; one that breaks before COMMIT ends the session."""
         try:
+            with self._decision:
+                if name in self._open_streams:
+                    raise bad(f"there is a stream for {name} already")
+                self._open_streams.add(name)
+        except RefusalError as error:
+            self._lose(str(error))
+            raise
+        try:
+            self._expect(handover.PREPARING)
             yield from stream()
         except RefusalError as error:
             self._lose(str(error))
@@ -394,7 +398,7 @@ class Arrival:
             raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", why) from error
         finally:
             with self._decision:
-                self._open_streams -= 1
+                self._open_streams.discard(name)
                 self._active_at = time.monotonic()
             if not context.is_active():
                 self._lose("the source is gone")
@@ -428,14 +432,14 @@ class _Loading:
 
     def check(self, name: str, record: migration_pb2.SendDeviceStateRequest) -> None:
         if record.sequence != self.sequence + 1:
-            raise _bad(f"{name}: record {record.sequence} after {self.sequence}")
+            raise bad(f"{name}: record {record.sequence} after {self.sequence}")
         if self.ended:
-            raise _bad(f"{name}: a record after the end")
+            raise bad(f"{name}: a record after the end")
         data_kinds = (Kind.DEVICE_STATE_KIND_PRECOPY_DATA, Kind.DEVICE_STATE_KIND_STOP_COPY_DATA)
         if record.kind not in (*data_kinds, *_EMPTY_KINDS):
-            raise _bad(f"{name}: unknown record kind {record.kind}")
+            raise bad(f"{name}: unknown record kind {record.kind}")
         if bool(record.data) != (record.kind in data_kinds):
-            raise _bad(f"{name}: a record of kind {Kind.Name(record.kind)} with {len(record.data)} bytes")
+            raise bad(f"{name}: a record of kind {Kind.Name(record.kind)} with {len(record.data)} bytes")
 
     def applied(self, record: migration_pb2.SendDeviceStateRequest) -> None:
         self.sequence = record.sequence
@@ -443,24 +447,6 @@ class _Loading:
             self.initial_data_loaded = False
         self.initial_data_loaded |= record.kind == Kind.DEVICE_STATE_KIND_INIT_DATA_SENT and self._has_precopy
         self.ended = record.kind == Kind.DEVICE_STATE_KIND_END
-
-
-def _describe(request: migration_pb2.PrepareRequest) -> MachineSpec:
-    try:
-        spec = from_json(request.machine_json)
-    except ConfigError as error:
-        raise _bad(f"machine description: {error}") from error
-    if spec.uuid != request.machine_uuid:
-        raise _bad("machine description and request name different machines")
-    pages = spec.ram_size // PAGE_SIZE
-    end = 0
-    if len(request.data_first) != len(request.data_pages):
-        raise _bad("runs of data: as many first pages as lengths are needed")
-    for first, count in zip(request.data_first, request.data_pages, strict=True):
-        if not (end <= first < pages and 0 < count <= pages - first):
-            raise _bad(f"runs of data: {count} pages from {first} are not in order or not in RAM")
-        end = first + count
-    return spec
 
 
 def _find_devices(spec: MachineSpec, host: Host) -> MachineSpec:
@@ -473,7 +459,7 @@ def _find_devices(spec: MachineSpec, host: Host) -> MachineSpec:
     except LookupError as error:
         raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NO_SUCH_DEVICE", str(error)) from error
     except ValueError as error:
-        raise _bad(f"machine description: {error}") from error
+        raise bad(f"machine description: {error}") from error
 
 
 def _check_memory(needed: int) -> None:
@@ -485,24 +471,3 @@ def _check_memory(needed: int) -> None:
             "NOT_ENOUGH_MEMORY",
             f"the machine holds {needed >> 20} MiB in RAM, this host has {available >> 20} MiB free",
         )
-
-
-def _changes(batch: migration_pb2.SendMappingsRequest) -> Changes:
-    return Changes(
-        tuple(MappingChange(item.container, item.iova, item.size) for item in batch.removed),
-        tuple(
-            MappingChange(
-                item.range.container, item.range.iova, item.range.size, item.gpa, item.readable, item.writable
-            )
-            for item in batch.added
-        ),
-    )
-
-
-def _config(device: migration_pb2.DeviceConfig) -> DeviceConfig:
-    pending = Pending(tuple(device.pending_vectors), tuple(device.pending_doorbells))
-    return DeviceConfig(device.name, device.config_space, pending)
-
-
-def _bad(message: str) -> RefusalError:
-    return RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", message)

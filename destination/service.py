@@ -88,10 +88,10 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a lane's batches (which arrive as bytes: see `register`)."""
         arrival = self._of_stream(context)
         lane = _metadata(context, "lane")
-        if not lane.isdecimal():
+        if not (lane.isascii() and lane.isdecimal() and len(lane) <= 4):
             raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"no lane number: {lane!r}")
         batches = (_parse(message) for message in request_iterator)
-        yield from arrival.streaming(lambda: arrival.apply_pages(int(lane), batches), context)
+        yield from arrival.streaming(f"lane {lane}", lambda: arrival.apply_pages(int(lane), batches), context)
 
     def SendDeviceState(
         self, request_iterator: Iterator[migration_pb2.SendDeviceStateRequest], context: grpc.ServicerContext
@@ -99,14 +99,16 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a device's records."""
         arrival = self._of_stream(context)
         name = _metadata(context, "device")
-        yield from arrival.streaming(lambda: arrival.apply_device_state(name, request_iterator), context)
+        yield from arrival.streaming(
+            f"device {name}", lambda: arrival.apply_device_state(name, request_iterator), context
+        )
 
     def SendMappings(
         self, request_iterator: Iterator[migration_pb2.SendMappingsRequest], context: grpc.ServicerContext
     ) -> Iterator[migration_pb2.SendMappingsResponse]:
         """Apply mapping changes."""
         arrival = self._of_stream(context)
-        yield from arrival.streaming(lambda: arrival.apply_mappings(request_iterator), context)
+        yield from arrival.streaming("mappings", lambda: arrival.apply_mappings(request_iterator), context)
 
     def Finish(
         self, request: migration_pb2.FinishRequest, context: grpc.ServicerContext

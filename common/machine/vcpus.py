@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from common.ipc.channel import Client, Handler, serve
 from common.memory.bitmap import unpack
@@ -21,6 +22,8 @@ from common.memory.write_journal import JOURNAL_ROW, Rows
 __all__ = ["Vcpus"]
 
 COMMAND_TIMEOUT = 30.0
+
+_log = structlog.get_logger()
 
 
 class Vcpus:
@@ -45,7 +48,7 @@ class Vcpus:
             )
         self._control = Client(control)
         self._trap_socket = trap
-        threading.Thread(target=serve, args=(trap, traps), name="traps", daemon=True).start()
+        threading.Thread(target=_serve_traps, args=(trap, traps), name="traps", daemon=True).start()
 
     def attach(self, boot: Mapping[str, Any], fds: Sequence[int]) -> None:
         """Tell the vCPU what machine it is in: programs, devices, doorbells, interrupts."""
@@ -102,3 +105,13 @@ class Vcpus:
         self._trap_socket.close()
         self.process.terminate()
         self.process.wait()
+
+
+def _serve_traps(sock: socket.socket, traps: Mapping[str, Handler]) -> None:
+    """Answer traps until the vCPU process closes, or says what is no trap: then it is hung up, and ends."""
+    try:
+        serve(sock, traps)
+    except (ValueError, OSError) as error:
+        _log.error("traps ended", cause=str(error))
+    finally:
+        sock.close()
