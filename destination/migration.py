@@ -28,7 +28,7 @@ from common.machine.device import Digest
 from common.machine.launch import launch
 from common.machine.record import Ownership
 from common.memory.layout import PAGE_SIZE
-from common.memory.pages import Applier, PageBatch
+from common.memory.pages import Applier, PageBatch, belongs
 from common.rpc.errors import RefusalError
 from destination import handover
 from destination.handover import Event
@@ -125,6 +125,8 @@ class Arrival:
             if batch.sequence != self._lane_sequences[lane] + 1:
                 raise bad(f"lane {lane}: batch {batch.sequence} after {self._lane_sequences[lane]}")
             try:
+                if not belongs(batch, lane, len(self._lane_sequences)):
+                    raise ValueError("a batch has pages of another lane")
                 self._applier.apply(batch)
             except ValueError as error:
                 raise bad(f"lane {lane}, batch {batch.sequence}: {error}") from error
@@ -409,6 +411,9 @@ class Arrival:
                 self.revoke(why)
             except ValueError:
                 _log.info("stream lost after COMMIT", session=self.session_id, reason=why)
+            except OSError as error:
+                # Not on disk is not decided: `_watch` tries again.
+                _log.error("arrival not revoked", session=self.session_id, message=str(error))
 
     def _watch(self) -> None:
         """Revoke a session that the source has forgotten: nothing is lost, for it is still the owner."""
