@@ -43,6 +43,15 @@ class Verify(StrEnum):
     OFF = "off"
 
 
+class Compress(StrEnum):
+    """How pages are compressed."""
+
+    OFF = "off"
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+    AUTO = "auto"
+
+
 class OnTimeout(StrEnum):
     """What ends a migration that reaches a limit."""
 
@@ -96,7 +105,9 @@ def migrate(
         bool, typer.Option("--auto-converge", help="Slow the vCPUs down if the link cannot keep up.")
     ] = False,
     lanes: Annotated[int, typer.Option(min=1, max=16, help="Streams that carry pages side by side.")] = 1,
-    compress: Annotated[bool, typer.Option("--compress", help="Compress pages with lz4.")] = False,
+    compress: Annotated[
+        Compress, typer.Option(help="Compress pages: not, with lz4 or zstd, or as link and cores make it fastest.")
+    ] = Compress.OFF,
     on_mismatch: Annotated[
         OnMismatch, typer.Option(help="With --verify deferred: what to do with a machine whose memory differs.")
     ] = OnMismatch.PAUSE,
@@ -105,7 +116,7 @@ def migrate(
 ) -> int:
     """Move the machine at SOURCE to DESTINATION while it runs."""
     from rich.console import Console
-    from switchover.v1.host_pb2 import MigrateRequest
+    from switchover.v1.host_pb2 import Compression, MigrateRequest
     from switchover.v1.host_pb2 import OnTimeout as OnTimeoutMode
     from switchover.v1.migration_pb2 import VerifyMode
 
@@ -123,7 +134,7 @@ def migrate(
         on_timeout=OnTimeoutMode.Value(f"ON_TIMEOUT_{on_timeout.name}"),
         auto_converge=auto_converge,
         lanes=lanes,
-        compress=compress,
+        compression=Compression.Value(f"COMPRESSION_{compress.name}"),
         continue_on_mismatch=on_mismatch is OnMismatch.CONTINUE,
     )
     try:

@@ -113,6 +113,7 @@ class Account:
         ram.transferred_bytes += stats.sent_bytes
         ram.pages += stats.pages
         ram.zero_pages += stats.zero_pages
+        ram.compressed_pages += stats.compressed_pages
 
     def look(
         self, number: int, stats: LaneStats, *, dirty_pages: int, device_bytes: int, initial_data_loaded: bool
@@ -148,6 +149,8 @@ class Account:
                 dirty_pages=facts.dirty_bytes // PAGE_SIZE,
                 throttle_percent=facts.throttle_percent,
                 decision=decision.reason,
+                compressed_pages=stats.compressed_pages,
+                compression=stats.compression,
             )
         )
         expected = facts.expected_downtime_s

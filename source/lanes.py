@@ -14,11 +14,12 @@ import grpc
 from switchover.v1 import migration_pb2
 
 from common.memory.layout import PAGE_SIZE
-from common.memory.pages import encode, split_lanes
+from common.memory.pages import Encoding, split_lanes
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
 from common.rpc.page_batch import serialize
 from source.limiter import Limiter
+from source.packer import Packer
 from source.stream import AckedStream
 
 __all__ = ["LaneStats", "PageLanes"]
@@ -28,11 +29,13 @@ SEND_PAGES = "/switchover.v1.MigrationService/SendPages"
 
 @dataclass(slots=True)
 class LaneStats:
-    """What was sent: pages, of those zero ones, and bytes on the wire."""
+    """What was sent: pages, of those zero and compressed ones, bytes on the wire, and how pages are compressed now."""
 
     pages: int = 0
     zero_pages: int = 0
     sent_bytes: int = 0
+    compressed_pages: int = 0
+    compression: str = "none"
 
     @property
     def page_bytes(self) -> int:
@@ -66,10 +69,10 @@ class _Lane:
         acked = [self._unacked.pop(number) for number in done]
         self._on_applied(sum(pages for pages, _ in acked), sum(size for _, size in acked))
 
-    def send(self, ram: GuestRam, runs: Runs, data: Runs, number: int, *, compress: bool) -> LaneStats:
+    def send(self, packer: Packer, ram: GuestRam, runs: Runs, data: Runs, number: int) -> LaneStats:
         """Send the pages of `runs`; return when all of them are applied."""
         stats = LaneStats()
-        for batch in encode(ram, *runs, round=number, compress=compress, data=data):
+        for batch in packer.batches(ram, runs, data, number):
             batch.sequence = self.stream.next_sequence()
             message = serialize(batch)
             self._unacked[batch.sequence] = (batch.pages, len(message))
@@ -78,6 +81,8 @@ class _Lane:
             stats.pages += batch.pages
             stats.zero_pages += batch.zero_pages
             stats.sent_bytes += len(message)
+            if batch.encoding != Encoding.RAW:
+                stats.compressed_pages += batch.pages - batch.zero_pages
         self.stream.drain()
         return stats
 
@@ -97,12 +102,12 @@ class PageLanes:
         count: int,
         limiter: Limiter,
         *,
-        compress: bool,
+        packer: Packer,
         on_applied: Callable[[int, int], None],
     ) -> None:
         """Open `count` lanes; `on_applied` is told (pages, bytes) of every ack."""
         self._ram = ram
-        self._compress = compress
+        self._packer = packer
         self._lanes = [
             _Lane(open_channel, (("session-id", session_id), ("lane", str(index))), limiter, on_applied)
             for index in range(count)
@@ -120,7 +125,7 @@ class PageLanes:
         `data` are the runs of RAM that are not holes: no page outside them is read.
         """
         futures: list[Future[LaneStats]] = [
-            self._pool.submit(lane.send, self._ram, part, data, number, compress=self._compress)
+            self._pool.submit(lane.send, self._packer, self._ram, part, data, number)
             for lane, part in zip(self._lanes, split_lanes(*runs, len(self._lanes)), strict=True)
         ]
         parts = [future.result() for future in futures]
@@ -128,6 +133,8 @@ class PageLanes:
             sum(part.pages for part in parts),
             sum(part.zero_pages for part in parts),
             sum(part.sent_bytes for part in parts),
+            sum(part.compressed_pages for part in parts),
+            self._packer.method.name,
         )
 
     def interrupt(self, failure: Exception) -> None:

@@ -14,6 +14,7 @@ from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
 from source.lanes import PageLanes
 from source.limiter import Limiter
+from source.packer import Packer
 from source.state_streams import DeviceStream, MappingStream
 
 __all__ = ["Streams"]
@@ -37,8 +38,15 @@ class Streams:
     ) -> None:
         """`peers` are the migration flags of the destination's devices; `on_applied` as for `PageLanes`."""
         with ExitStack() as opened:
+            self._packer = Packer(request.compression, request.lanes)
+            opened.callback(self._packer.close)
+
+            def applied(pages: int, size: int) -> None:
+                self._packer.applied(pages, size)
+                on_applied(pages, size)
+
             self.lanes = PageLanes(
-                open_channel, session_id, ram, request.lanes, limiter, compress=request.compress, on_applied=on_applied
+                open_channel, session_id, ram, request.lanes, limiter, packer=self._packer, on_applied=applied
             )
             opened.callback(self.lanes.close, abort=True)
             self.mappings = MappingStream(stub, session_id)
@@ -86,6 +94,7 @@ class Streams:
         """End the streams: in good order, or at once."""
         for stream in self._all():
             stream.close(abort=abort)
+        self._packer.close()
 
     def _all(self) -> tuple[DeviceStream | MappingStream | PageLanes, ...]:
         return (*self.devices, self.mappings, self.lanes)

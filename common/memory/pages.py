@@ -11,17 +11,15 @@ data runs after them, if they are passed): a page that changes from then on is i
 
 from __future__ import annotations
 
-import enum
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import lz4.block
 import numpy as np
 import numpy.typing as npt
 
 from common.ipc.channel import Buffer
-from common.memory import runs
+from common.memory import compression, runs
+from common.memory.compression import MAX_UNIT_PAGES, Encoding, Method, check_packed, unpack
 from common.memory.layout import CHUNK_PAGES, PAGE_SIZE
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
@@ -36,10 +34,11 @@ __all__ = [
     "check",
     "encode",
     "lane_of",
+    "pack",
     "split_lanes",
 ]
 
-BATCH_PAGES = 256  # pages with a payload: 1 MiB
+BATCH_PAGES = 256  # pages with a payload that is not copied: 1 MiB
 MAX_PAGES = 1 << 22  # pages of any kind: 16 GiB of holes, 512 KiB of zero bits
 MAX_RUNS = 1 << 16  # 1 MiB of run numbers
 # Pages looked at together: 64 MiB, so that a batch that is not full is rare, and zero pages fill no batches at all.
@@ -48,13 +47,6 @@ _WINDOW_PAGES = 1 << 14
 _SAMPLE = 64
 # From so many scattered pieces on, one gather (which releases the interpreter lock) beats slices.
 _MAX_PARTS = 64
-
-
-class Encoding(enum.IntEnum):
-    """How a payload is packed; the numbers are those on the wire."""
-
-    RAW = 1
-    LZ4 = 2
 
 
 @dataclass(slots=True)
@@ -110,15 +102,15 @@ def encode(
     count: npt.NDArray[np.int64],
     *,
     round: int,  # noqa: A002 - the name that the field has everywhere
-    compress: bool,
     data: Runs | None = None,
+    copied: Callable[[], int] | None = None,
 ) -> Iterator[PageBatch]:
-    """Yield batches that carry the pages of ascending runs, each page once; their sequence is 0.
+    """Yield raw batches that carry the pages of ascending runs, each page once; their sequence is 0.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
     dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM: it is to be
-    serialized before the next one is asked for. With `compress`, a payload that lz4 does not shrink goes as it
-    is.
+    serialized before the next one is asked for. `copied` is asked before each batch how many pages it may copy: unless
+    that is 0, the payload is one piece of at most so many pages that no longer change, and may be packed.
     """
     wanted = (first, count)
     present = ram.data_runs(wanted) if data is None else runs.intersect(wanted, data)
@@ -126,17 +118,30 @@ def encode(
     for start in range(0, absent[0].size, MAX_RUNS):
         for window in _windows((absent[0][start : start + MAX_RUNS], absent[1][start : start + MAX_RUNS]), MAX_PAGES):
             yield _batch(round, window, _ones(runs.total(window)))
-    scratch = np.empty((BATCH_PAGES, PAGE_SIZE), np.uint8) if compress else None
     for window in _windows(present, _WINDOW_PAGES):
         pages = runs.expand(window)
         zero = _zero_pages(ram, pages)
-        # A batch begins at each 256th page that has a payload; zero pages go with the batch before them.
-        begins = [0, *np.flatnonzero(~zero)[BATCH_PAGES::BATCH_PAGES].tolist(), pages.size]
-        for begin, end in itertools.pairwise(begins):
+        filled = np.flatnonzero(~zero)
+        begin = full = 0
+        while begin < pages.size:
+            # A batch ends where the next page with a payload would be too many; zero pages go with the batch before.
+            copy = copied() if copied is not None else 0
+            full += copy or BATCH_PAGES
+            end = int(filled[full]) if full < filled.size else pages.size
             bits = zero[begin:end]
             batch = _batch(round, runs.from_pages(pages[begin:end]), np.packbits(bits, bitorder="little").tobytes())
-            _fill(batch, ram, pages[begin:end][~bits], scratch)
+            _fill(batch, ram, pages[begin:end][~bits], copied=copy > 0)
             yield batch
+            begin = end
+
+
+def pack(batch: PageBatch, method: Method) -> bool:
+    """Pack the payload of a batch that was copied; return False and leave it if that makes it no smaller."""
+    packed = compression.pack(memoryview(batch.payload[0]), method)
+    if packed is None:
+        return False
+    batch.encoding, batch.payload = method.encoding, (packed,)
+    return True
 
 
 def _batch(number: int, covered: Runs, zero: bytes) -> PageBatch:
@@ -177,20 +182,12 @@ def _zero_pages(ram: GuestRam, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.b
     return zero
 
 
-def _fill(batch: PageBatch, ram: GuestRam, pages: npt.NDArray[np.int64], scratch: npt.NDArray[np.uint8] | None) -> None:
-    """Give a batch its payload: the bytes of `pages`, through `scratch` (which is overwritten) if it is to be lz4."""
+def _fill(batch: PageBatch, ram: GuestRam, pages: npt.NDArray[np.int64], *, copied: bool) -> None:
+    """Give a batch its payload: the bytes of `pages`."""
     if not pages.size:
         return
-    if scratch is not None:
-        # lz4 gets a copy: what it makes of bytes that change while it looks at them is nothing that was ever in RAM.
-        block = scratch[: pages.size]
-        np.take(ram.pages, pages, axis=0, out=block, mode="clip")
-        packed = lz4.block.compress(block.reshape(-1).data, store_size=False)
-        if len(packed) < block.nbytes:
-            batch.encoding, batch.payload = Encoding.LZ4, (packed,)
-            return
     first, count = runs.from_pages(pages)
-    if first.size <= _MAX_PARTS:
+    if first.size <= _MAX_PARTS and not copied:
         starts = (first * PAGE_SIZE).tolist()
         ends = ((first + count) * PAGE_SIZE).tolist()
         batch.payload = [ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -201,8 +198,8 @@ def _fill(batch: PageBatch, ram: GuestRam, pages: npt.NDArray[np.int64], scratch
 def check(batch: PageBatch, pages_in_ram: int) -> None:
     """Raise `ValueError`, saying what is wrong, unless a batch may be applied to RAM of that many pages.
 
-    What an lz4 payload holds is known only when it is unpacked; here its size is checked against the most that as many
-    pages can need.
+    What a packed payload holds is known only when it is unpacked; here it is checked that this takes no more memory
+    than as many pages do.
     """
     first, count = batch.run_first, batch.run_pages
     if first.size != count.size:
@@ -223,22 +220,14 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
         raise ValueError(f"a batch of {pages} pages has {len(batch.zero)} bytes of zero bits, not {(pages + 7) // 8}")
     if pages % 8 and batch.zero[-1] >> pages % 8:
         raise ValueError(f"a batch of {pages} pages has a zero bit past the last one")
-    _check_payload(batch, (pages - batch.zero_pages) * PAGE_SIZE)
+    full = pages - batch.zero_pages
+    if full > MAX_UNIT_PAGES:
+        raise ValueError(f"a batch has {full} pages with a payload, more than {MAX_UNIT_PAGES}")
+    check_packed(batch.encoding, _joined(batch.payload), full * PAGE_SIZE)
 
 
-def _check_payload(batch: PageBatch, expected: int) -> None:
-    size = batch.payload_bytes
-    if expected > BATCH_PAGES * PAGE_SIZE:
-        raise ValueError(f"a batch has {expected // PAGE_SIZE} pages with a payload, more than {BATCH_PAGES}")
-    if batch.encoding == Encoding.RAW:
-        if size != expected:
-            raise ValueError(f"a batch has {size} bytes of payload, not {expected}")
-    elif batch.encoding == Encoding.LZ4:
-        # LZ4_COMPRESSBOUND
-        if not 1 <= size <= expected + expected // 255 + 16 or not expected:
-            raise ValueError(f"a batch has {size} bytes of lz4 for {expected} bytes of pages")
-    else:
-        raise ValueError(f"a batch has the unknown encoding {batch.encoding}")
+def _joined(payload: Sequence[Buffer]) -> Buffer:
+    return payload[0] if len(payload) == 1 else b"".join(payload)
 
 
 class Applier:
@@ -279,16 +268,8 @@ class Applier:
         return pages, zero_pages
 
     def _unpack(self, batch: PageBatch, pages: int) -> npt.NDArray[np.uint8]:
-        packed = batch.payload[0] if len(batch.payload) == 1 else b"".join(batch.payload)
-        if batch.encoding == Encoding.LZ4:
-            size = pages * PAGE_SIZE
-            try:
-                packed = lz4.block.decompress(packed, uncompressed_size=size)
-            except lz4.block.LZ4BlockError as error:
-                raise ValueError(f"a batch's payload is not lz4 of {size} bytes: {error}") from error
-            if len(packed) != size:
-                raise ValueError(f"a batch's payload unpacks to {len(packed)} bytes, not {size}")
-        return np.frombuffer(packed, np.uint8).reshape(-1, PAGE_SIZE)
+        size = pages * PAGE_SIZE
+        return np.frombuffer(unpack(batch.encoding, _joined(batch.payload), size), np.uint8).reshape(-1, PAGE_SIZE)
 
     def _store(self, numbers: npt.NDArray[np.int64], payload: npt.NDArray[np.uint8]) -> None:
         first, count = runs.from_pages(numbers)

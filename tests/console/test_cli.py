@@ -87,7 +87,7 @@ def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, caps
     host = FakeHost(story(result()))
     with Serving(host) as address:
         options = "--max-downtime 20ms --bandwidth 1Gbit/s --verify deferred --timeout 1m --max-rounds 9 --lanes 2"
-        flags = "--on-timeout switch-over --auto-converge --compress --on-mismatch continue --json"
+        flags = "--on-timeout switch-over --auto-converge --compress zstd --on-mismatch continue --json"
         arguments = ("migrate", "--source", address, "--destination", "b:1", *options.split(), *flags.split())
         assert switchover(monkeypatch, *arguments) == 0
     assert host.requests[0] == pb.MigrateRequest(
@@ -100,7 +100,7 @@ def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, caps
         on_timeout=pb.OnTimeout.ON_TIMEOUT_SWITCH_OVER,
         auto_converge=True,
         lanes=2,
-        compress=True,
+        compression=pb.Compression.COMPRESSION_ZSTD,
         continue_on_mismatch=True,
     )
     streams = capsys.readouterr()
@@ -118,6 +118,7 @@ def test_migrate_without_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         verify=VerifyMode.VERIFY_MODE_STRICT,
         on_timeout=pb.OnTimeout.ON_TIMEOUT_CANCEL,
         lanes=1,
+        compression=pb.Compression.COMPRESSION_OFF,
     )
     assert "too many dirty pages [NOT_CONVERGED]" in capsys.readouterr().out
 

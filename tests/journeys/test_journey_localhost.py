@@ -118,7 +118,10 @@ def test_ram_above_4_gib(rig: Rig, image: Path) -> None:
     [
         ("--verify", "deferred"),
         ("--lanes", "3"),
-        *(pytest.param(options, marks=pytest.mark.matrix) for options in (("--verify", "off"), ("--compress",))),
+        *(
+            pytest.param(options, marks=pytest.mark.matrix)
+            for options in (("--verify", "off"), *(("--compress", how) for how in ("lz4", "zstd", "auto")))
+        ),
     ],
 )
 def test_ways_to_send_and_to_verify(rig: Rig, image: Path, options: tuple[str, ...]) -> None:

@@ -83,6 +83,8 @@ class _PageEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageEnco
     """Pages one after the other, 4096 bytes each."""
     PAGE_ENCODING_LZ4: _PageEncoding.ValueType  # 2
     """The same bytes as one lz4 block without a size header."""
+    PAGE_ENCODING_ZSTD: _PageEncoding.ValueType  # 3
+    """The same bytes as one zstd frame that says their size."""
 
 class PageEncoding(_PageEncoding, metaclass=_PageEncodingEnumTypeWrapper):
     """PageEncoding says how the payload of a batch is packed."""
@@ -93,6 +95,8 @@ PAGE_ENCODING_RAW: PageEncoding.ValueType  # 1
 """Pages one after the other, 4096 bytes each."""
 PAGE_ENCODING_LZ4: PageEncoding.ValueType  # 2
 """The same bytes as one lz4 block without a size header."""
+PAGE_ENCODING_ZSTD: PageEncoding.ValueType  # 3
+"""The same bytes as one zstd frame that says their size."""
 Global___PageEncoding: _TypeAlias = PageEncoding  # noqa: Y015
 
 class _DeviceStateKind:
