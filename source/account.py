@@ -113,7 +113,11 @@ class Account:
         ram.transferred_bytes += stats.sent_bytes
         ram.pages += stats.pages
         ram.zero_pages += stats.zero_pages
+        ram.unchanged_pages += stats.unchanged_pages
+        ram.equal_pages += stats.equal_pages
+        ram.delta_pages += stats.delta_pages
         ram.compressed_pages += stats.compressed_pages
+        ram.page_bytes += stats.page_bytes
 
     def look(
         self, number: int, stats: LaneStats, *, dirty_pages: int, device_bytes: int, initial_data_loaded: bool
@@ -136,8 +140,8 @@ class Account:
         self.facts.append(facts)
         return facts
 
-    def round_decided(self, facts: RoundFacts, stats: LaneStats, decision: Decision) -> None:
-        """Note how a round ended and what follows."""
+    def round_decided(self, facts: RoundFacts, stats: LaneStats, compression: str, decision: Decision) -> None:
+        """Note how a round ended, how pages are compressed now, and what follows."""
         began = self.facts[-2].elapsed_s if len(self.facts) > 1 else self.precopy_began
         self.result.rounds.append(
             host_pb2.Round(
@@ -149,8 +153,11 @@ class Account:
                 dirty_pages=facts.dirty_bytes // PAGE_SIZE,
                 throttle_percent=facts.throttle_percent,
                 decision=decision.reason,
+                unchanged_pages=stats.unchanged_pages,
+                equal_pages=stats.equal_pages,
+                delta_pages=stats.delta_pages,
                 compressed_pages=stats.compressed_pages,
-                compression=stats.compression,
+                compression=compression,
             )
         )
         expected = facts.expected_downtime_s

@@ -6,16 +6,15 @@ thread of its own, and waits there for the bandwidth limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import grpc
 from switchover.v1 import migration_pb2
 
 from common.memory.layout import PAGE_SIZE
-from common.memory.pages import Encoding, split_lanes
-from common.memory.ram import GuestRam
+from common.memory.pages import Encoding, PageBatch, split_lanes
 from common.memory.runs import Runs
 from common.rpc.page_batch import serialize
 from source.limiter import Limiter
@@ -29,18 +28,34 @@ SEND_PAGES = "/switchover.v1.MigrationService/SendPages"
 
 @dataclass(slots=True)
 class LaneStats:
-    """What was sent: pages, of those zero and compressed ones, bytes on the wire, and how pages are compressed now."""
+    """What was sent: pages, how many of them in which way, and bytes on the wire.
+
+    Differences (`delta_pages`) are mostly compressed too; what is in none of these kinds went as it was.
+    """
 
     pages: int = 0
     zero_pages: int = 0
     sent_bytes: int = 0
+    unchanged_pages: int = 0
+    equal_pages: int = 0
+    delta_pages: int = 0
     compressed_pages: int = 0
-    compression: str = "none"
 
     @property
     def page_bytes(self) -> int:
         """Bytes of the pages that are not zero, before compression."""
         return (self.pages - self.zero_pages) * PAGE_SIZE
+
+    def count(self, batch: PageBatch, size: int) -> None:
+        """Count a batch that is sent with `size` bytes."""
+        self.pages += batch.pages
+        self.zero_pages += batch.zero_pages
+        self.sent_bytes += size
+        self.unchanged_pages += batch.unchanged_pages
+        self.equal_pages += batch.equal_pages
+        self.delta_pages += batch.delta_pages
+        if batch.encoding != Encoding.RAW:
+            self.compressed_pages += batch.payload_pages
 
 
 class _Lane:
@@ -69,20 +84,16 @@ class _Lane:
         acked = [self._unacked.pop(number) for number in done]
         self._on_applied(sum(pages for pages, _ in acked), sum(size for _, size in acked))
 
-    def send(self, packer: Packer, ram: GuestRam, runs: Runs, data: Runs, number: int) -> LaneStats:
-        """Send the pages of `runs`; return when all of them are applied."""
+    def send(self, batches: Iterator[PageBatch]) -> LaneStats:
+        """Send batches of pages; return when all of them are applied."""
         stats = LaneStats()
-        for batch in packer.batches(ram, runs, data, number):
+        for batch in batches:
             batch.sequence = self.stream.next_sequence()
             message = serialize(batch)
             self._unacked[batch.sequence] = (batch.pages, len(message))
             self._limiter.take(len(message))
             self.stream.send(message)
-            stats.pages += batch.pages
-            stats.zero_pages += batch.zero_pages
-            stats.sent_bytes += len(message)
-            if batch.encoding != Encoding.RAW:
-                stats.compressed_pages += batch.pages - batch.zero_pages
+            stats.count(batch, len(message))
         self.stream.drain()
         return stats
 
@@ -98,7 +109,6 @@ class PageLanes:
         self,
         open_channel: Callable[[], grpc.Channel],
         session_id: str,
-        ram: GuestRam,
         count: int,
         limiter: Limiter,
         *,
@@ -106,7 +116,6 @@ class PageLanes:
         on_applied: Callable[[int, int], None],
     ) -> None:
         """Open `count` lanes; `on_applied` is told (pages, bytes) of every ack."""
-        self._ram = ram
         self._packer = packer
         self._lanes = [
             _Lane(open_channel, (("session-id", session_id), ("lane", str(index))), limiter, on_applied)
@@ -125,17 +134,11 @@ class PageLanes:
         `data` are the runs of RAM that are not holes: no page outside them is read.
         """
         futures: list[Future[LaneStats]] = [
-            self._pool.submit(lane.send, self._packer, self._ram, part, data, number)
-            for lane, part in zip(self._lanes, split_lanes(*runs, len(self._lanes)), strict=True)
+            self._pool.submit(lane.send, self._packer.batches(index, part, data, number))
+            for index, (lane, part) in enumerate(zip(self._lanes, split_lanes(*runs, len(self._lanes)), strict=True))
         ]
-        parts = [future.result() for future in futures]
-        return LaneStats(
-            sum(part.pages for part in parts),
-            sum(part.zero_pages for part in parts),
-            sum(part.sent_bytes for part in parts),
-            sum(part.compressed_pages for part in parts),
-            self._packer.method.name,
-        )
+        parts = [astuple(future.result()) for future in futures]
+        return LaneStats(*map(sum, zip(*parts, strict=True)))
 
     def interrupt(self, failure: Exception) -> None:
         """Let a `send` that runs, and every later one, fail with `failure`."""

@@ -220,7 +220,7 @@ class Migration:
             self._dirty = self._sync(number)
             facts = self._look(number, stats)
             decision = decide(self._account.facts, self._limits)
-            self._account.round_decided(facts, stats, decision)
+            self._account.round_decided(facts, stats, self._streams.compression, decision)
             self._check()
             if decision.action is Action.SWITCH_OVER:
                 return

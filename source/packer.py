@@ -22,12 +22,15 @@ from common.memory.layout import PAGE_SIZE
 from common.memory.pages import PageBatch, encode, pack
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
+from common.memory.sent import SentPages
 from source.compression import Link, Speed, choose, next_link
 
 __all__ = ["Packer", "Tuner"]
 
 # More threads than this serve nobody but a link that is faster than the other end unpacks.
 MAX_WORKERS = 4
+# Contents of pages that were sent more than once, for differences.
+CACHE_BYTES = 64 << 20
 # A small round is cut finer, so that every worker has some of it, but no finer than this.
 MIN_UNIT_PAGES = 64
 # The link is looked at after this long, so many acks and so much.
@@ -165,7 +168,9 @@ class Tuner:
 class Packer:
     """Makes the batches of all lanes; `close` ends its threads."""
 
-    def __init__(self, compression: host_pb2.Compression.ValueType, lanes: int) -> None:
+    def __init__(self, ram: GuestRam, compression: host_pb2.Compression.ValueType, lanes: int) -> None:
+        self._ram = ram
+        self._sent = [SentPages(ram.layout.pages, CACHE_BYTES // lanes) for _ in range(lanes)]
         cores = len(os.sched_getaffinity(0))
         workers = min(cores, MAX_WORKERS)
         self._fixed = FIXED.get(compression)
@@ -181,12 +186,13 @@ class Packer:
         """How the next batch is packed."""
         return self._fixed or self._tuner.method
 
-    def batches(self, ram: GuestRam, pages: Runs, data: Runs, number: int) -> Iterator[PageBatch]:
-        """Yield the batches of round `number`; they may refer to RAM, until the next one is asked for.
+    def batches(self, lane: int, pages: Runs, data: Runs, number: int) -> Iterator[PageBatch]:
+        """Yield a lane's batches of round `number`; they may refer to RAM, until the next one is asked for.
 
         `data` are the runs of RAM that are not holes: no page outside them is read.
         """
         method = NONE
+        sent = self._sent[lane]
         most = max(runs.total(runs.intersect(pages, data)) // (2 * self._workers), MIN_UNIT_PAGES)
 
         def copied() -> int:
@@ -195,11 +201,13 @@ class Packer:
             return 0 if method is NONE else min(method.unit_pages, most)
 
         packing: deque[Future[tuple[PageBatch, Method]]] = deque()
-        for batch in encode(ram, *pages, round=number, data=data, copied=copied):
+        for batch in encode(self._ram, *pages, round=number, data=data, copied=copied):
             if method is not NONE and batch.payload:
+                sent.reduce(batch)
                 packing.append(self._pool.submit(self._pack, batch, method))
                 yield from self._finish(packing, self._ahead)
                 continue
+            sent.forget(batch)
             yield from self._finish(packing, 0)
             if self._sees_nothing and batch.payload_bytes >= FIRST_LOOK_BYTES:
                 yield from self._look_first(batch)
@@ -224,7 +232,7 @@ class Packer:
     def _pack(self, batch: PageBatch, method: Method) -> tuple[PageBatch, Method]:
         size = batch.payload_bytes
         began = time.thread_time()
-        if not pack(batch, method):
+        if not size or not pack(batch, method):
             return batch, NONE
         self._tuner.packed(method, size, batch.payload_bytes, time.thread_time() - began)
         return batch, method
@@ -234,7 +242,7 @@ class Packer:
             yield from self._hand_over(*packing.popleft().result())
 
     def _hand_over(self, batch: PageBatch, method: Method = NONE) -> Iterator[PageBatch]:
-        self._tuner.sending(batch.pages, (batch.pages - batch.zero_pages) * PAGE_SIZE, method)
+        self._tuner.sending(batch.pages, batch.payload_pages * PAGE_SIZE, method)
         began = time.monotonic()
         yield batch
         self._tuner.held_up(time.monotonic() - began)

@@ -38,7 +38,7 @@ class Streams:
     ) -> None:
         """`peers` are the migration flags of the destination's devices; `on_applied` as for `PageLanes`."""
         with ExitStack() as opened:
-            self._packer = Packer(request.compression, request.lanes)
+            self._packer = Packer(ram, request.compression, request.lanes)
             opened.callback(self._packer.close)
 
             def applied(pages: int, size: int) -> None:
@@ -46,7 +46,7 @@ class Streams:
                 on_applied(pages, size)
 
             self.lanes = PageLanes(
-                open_channel, session_id, ram, request.lanes, limiter, packer=self._packer, on_applied=applied
+                open_channel, session_id, request.lanes, limiter, packer=self._packer, on_applied=applied
             )
             opened.callback(self.lanes.close, abort=True)
             self.mappings = MappingStream(stub, session_id)
@@ -58,6 +58,11 @@ class Streams:
                 opened.callback(stream.close, abort=True)
                 self.devices.append(stream)
             opened.pop_all()
+
+    @property
+    def compression(self) -> str:
+        """How the next pages would be compressed."""
+        return self._packer.method.name
 
     def finish_request(self, session_id: str, rest: Rest, *, paused: bool) -> migration_pb2.FinishRequest:
         """Return what is left of the machine, and how far each stream must have come."""

@@ -12,7 +12,7 @@ data runs after them, if they are passed): a page that changes from then on is i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,11 @@ __all__ = [
     "PageBatch",
     "check",
     "encode",
+    "flags",
     "lane_of",
     "pack",
     "split_lanes",
+    "to_bits",
 ]
 
 BATCH_PAGES = 256  # pages with a payload that is not copied: 1 MiB
@@ -53,9 +55,11 @@ _MAX_PARTS = 64
 class PageBatch:
     """One message of a page lane.
 
-    `run_first` and `run_pages` are page numbers and counts; `zero` has a bit for each page in the order of the runs,
-    least significant first; `payload` is the bytes of the other pages in parts, which may be views of RAM as it
-    changes.
+    `run_first` and `run_pages` are page numbers and counts. `zero`, `unchanged`, `equal` and `delta` have a bit for
+    each page in the order of the runs, least significant first; all but `zero` may be empty. A page is zero, is what it
+    was before the batch, equals another as that was before the batch (the next one of `equal_to`), or has its bytes in
+    `payload`: those to be XORed with what it was, if its bit in `delta` is set, else its own. `payload` is in parts,
+    which may be views of RAM as it changes.
     """
 
     sequence: int
@@ -65,6 +69,10 @@ class PageBatch:
     run_pages: npt.NDArray[np.uint64]
     zero: bytes
     payload: Sequence[Buffer]
+    unchanged: bytes = b""
+    equal: bytes = b""
+    delta: bytes = b""
+    equal_to: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     @property
     def pages(self) -> int:
@@ -73,13 +81,53 @@ class PageBatch:
 
     @property
     def zero_pages(self) -> int:
-        """Number of pages without payload."""
-        return int(np.bitwise_count(np.frombuffer(self.zero, np.uint8)).sum(dtype=np.int64))
+        """Number of pages that are zero."""
+        return _count(self.zero)
+
+    @property
+    def unchanged_pages(self) -> int:
+        """Number of pages that are as they were."""
+        return _count(self.unchanged)
+
+    @property
+    def equal_pages(self) -> int:
+        """Number of pages that equal others."""
+        return _count(self.equal)
+
+    @property
+    def delta_pages(self) -> int:
+        """Number of pages of which the payload has the difference."""
+        return _count(self.delta)
+
+    @property
+    def payload_pages(self) -> int:
+        """Number of pages with a payload."""
+        return self.pages - self.zero_pages - self.unchanged_pages - self.equal_pages
 
     @property
     def payload_bytes(self) -> int:
         """Size of the payload as it is packed."""
         return sum(map(len, self.payload))
+
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of all pages."""
+        return runs.expand((self.run_first.astype(np.int64), self.run_pages.astype(np.int64)))
+
+
+def to_bits(found: npt.NDArray[np.bool_]) -> bytes:
+    """Return flags as bits, least significant first."""
+    return np.packbits(found, bitorder="little").tobytes()
+
+
+def flags(bits: bytes, count: int) -> npt.NDArray[np.bool_]:
+    """Return bits as `count` flags; no bits are none that is set."""
+    if not bits:
+        return np.zeros(count, np.bool_)
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count, bitorder="little").view(np.bool_)
+
+
+def _count(bits: bytes) -> int:
+    return int(np.bitwise_count(np.frombuffer(bits, np.uint8)).sum(dtype=np.int64))
 
 
 def lane_of(page: int, lanes: int) -> int:
@@ -129,7 +177,7 @@ def encode(
             full += copy or BATCH_PAGES
             end = int(filled[full]) if full < filled.size else pages.size
             bits = zero[begin:end]
-            batch = _batch(round, runs.from_pages(pages[begin:end]), np.packbits(bits, bitorder="little").tobytes())
+            batch = _batch(round, runs.from_pages(pages[begin:end]), to_bits(bits))
             _fill(batch, ram, pages[begin:end][~bits], copied=copy > 0)
             yield batch
             begin = end
@@ -216,14 +264,32 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
     pages = batch.pages
     if pages > MAX_PAGES:
         raise ValueError(f"a batch has {pages} pages, more than {MAX_PAGES}")
-    if len(batch.zero) != (pages + 7) // 8:
-        raise ValueError(f"a batch of {pages} pages has {len(batch.zero)} bytes of zero bits, not {(pages + 7) // 8}")
-    if pages % 8 and batch.zero[-1] >> pages % 8:
-        raise ValueError(f"a batch of {pages} pages has a zero bit past the last one")
-    full = pages - batch.zero_pages
-    if full > MAX_UNIT_PAGES:
-        raise ValueError(f"a batch has {full} pages with a payload, more than {MAX_UNIT_PAGES}")
+    _check_bits(batch, pages)
+    if batch.equal_to.size != batch.equal_pages or bool((batch.equal_to >= limit).any()):
+        raise ValueError("a batch has pages that equal none, or one outside RAM")
+    full = batch.payload_pages
+    if full + batch.equal_pages > MAX_UNIT_PAGES:
+        raise ValueError(f"a batch has {full + batch.equal_pages} pages to be written, more than {MAX_UNIT_PAGES}")
     check_packed(batch.encoding, _joined(batch.payload), full * PAGE_SIZE)
+
+
+def _check_bits(batch: PageBatch, pages: int) -> None:
+    size = (pages + 7) // 8
+    taken = np.zeros(size, np.uint8)
+    for name, bits in (
+        ("zero", batch.zero),
+        ("unchanged", batch.unchanged),
+        ("equal", batch.equal),
+        ("delta", batch.delta),
+    ):
+        if len(bits) != size and (bits or name == "zero"):
+            raise ValueError(f"a batch of {pages} pages has {len(bits)} bytes of {name} bits, not {size}")
+        if bits and pages % 8 and bits[-1] >> pages % 8:
+            raise ValueError(f"a batch of {pages} pages has a bit of {name} past the last one")
+        if bits:
+            if (taken & np.frombuffer(bits, np.uint8)).any():
+                raise ValueError(f"a batch has a page that is {name} and something else")
+            taken |= np.frombuffer(bits, np.uint8)
 
 
 def _joined(payload: Sequence[Buffer]) -> Buffer:
@@ -257,14 +323,23 @@ class Applier:
             self._clear(covered)
             return pages, zero_pages
         numbers = runs.expand(covered)
+        zero, unchanged, equal, delta = (
+            flags(bits, pages) for bits in (batch.zero, batch.unchanged, batch.equal, batch.delta)
+        )
+        equal_to = batch.equal_to.astype(np.int64)
+        if not (self._written[numbers[unchanged | delta]].all() and self._written[equal_to].all()):
+            raise ValueError("a batch refers to a page that is zero, or was never sent")
+        # All that is referred to is read before anything is written.
+        payload = self._unpack(batch, batch.payload_pages)
+        others = self._ram.pages[equal_to]
+        whole = ~(zero | unchanged | equal)
+        if batch.delta:
+            payload = payload.copy()
+            payload[delta[whole]] ^= self._ram.pages[numbers[delta]]
         if zero_pages:
-            zero = np.unpackbits(np.frombuffer(batch.zero, np.uint8), count=pages, bitorder="little").view(np.bool_)
-            payload = self._unpack(batch, pages - zero_pages)
             self._clear(runs.from_pages(numbers[zero]))
-            numbers = numbers[~zero]
-        else:
-            payload = self._unpack(batch, pages)
-        self._store(numbers, payload)
+        self._store(numbers[whole], payload)
+        self._store(numbers[equal], others)
         return pages, zero_pages
 
     def _unpack(self, batch: PageBatch, pages: int) -> npt.NDArray[np.uint8]:
@@ -272,6 +347,8 @@ class Applier:
         return np.frombuffer(unpack(batch.encoding, _joined(batch.payload), size), np.uint8).reshape(-1, PAGE_SIZE)
 
     def _store(self, numbers: npt.NDArray[np.int64], payload: npt.NDArray[np.uint8]) -> None:
+        if not numbers.size:
+            return
         first, count = runs.from_pages(numbers)
         if first.size <= _MAX_PARTS:
             done = 0

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import lz4.block
 import numpy as np
@@ -61,9 +61,17 @@ def covered(batches: list[PageBatch]) -> list[int]:
 
 
 def batch_of(
-    first: list[int], count: list[int], zero: bytes, payload: bytes = b"", encoding: int = Encoding.RAW
+    first: list[int],
+    count: list[int],
+    zero: bytes,
+    payload: bytes = b"",
+    encoding: int = Encoding.RAW,
+    *,
+    equal_to: Sequence[int] = (),
+    **bits: bytes,
 ) -> PageBatch:
-    return PageBatch(1, 0, encoding, np.array(first, np.uint64), np.array(count, np.uint64), zero, (payload,))
+    numbers = (np.array(words, np.uint64) for words in (first, count))
+    return PageBatch(1, 0, encoding, *numbers, zero, (payload,), equal_to=np.array(equal_to, np.uint64), **bits)
 
 
 # What a page of the source is in a step: untouched, zeros written, text, noise, or one byte at some place.
@@ -239,6 +247,7 @@ def test_generations_count_the_batches_that_changed_a_chunk(target: GuestRam) ->
 
 PAGE = b"\x01" * PAGE_SIZE
 OVER = MAX_UNIT_PAGES + 1
+NONE_SET, ALL_SET = bytes(OVER // 8 + 1), b"\xff" * (OVER // 8) + b"\x01"
 
 
 def zstd(data: bytes, **parameters: int) -> bytes:
@@ -268,7 +277,7 @@ WRONG = {
     "4095 bytes of payload": batch_of([1], [1], b"\0", PAGE[1:]),
     "bytes of payload, not 0": batch_of([1], [1], b"\x01", PAGE),
     "8192 bytes of payload, not 4096": batch_of([1], [1], b"\0", PAGE * 2),
-    "more than 1024": batch_of([0], [OVER], b"\0" * (OVER // 8 + 1), PAGE * OVER),
+    "more than 1024": batch_of([0], [OVER], NONE_SET, PAGE * OVER),
     "unknown encoding 0": batch_of([1], [1], b"\0", PAGE, 0),
     "unknown encoding -1": batch_of([1], [1], b"\0", PAGE, -1),
     "lz4 for 4096": batch_of([1], [1], b"\0", PAGE * 2, Encoding.LZ4),
@@ -287,6 +296,18 @@ WRONG = {
     "unpacks to 18446744073709551615": batch_of([1], [1], b"\0", zstd(PAGE, write_content_size=0), Encoding.ZSTD),
     "not zstd of": batch_of([1], [1], b"\0", FRAME[:-1], Encoding.ZSTD),
     "unused data": batch_of([1], [1], b"\0", FRAME + b"\0", Encoding.ZSTD),
+    "2 bytes of unchanged bits, not 1": batch_of([1], [1], b"\0", PAGE, unchanged=b"\0\0"),
+    "bit of equal past": batch_of([1], [1], b"\0", PAGE, equal=b"\x02"),
+    "bit of delta past": batch_of([1], [1], b"\0", PAGE, delta=b"\x02"),
+    "unchanged and something else": batch_of([1], [1], b"\x01", unchanged=b"\x01"),
+    "delta and something else": batch_of([1], [1], b"\0", unchanged=b"\x01", delta=b"\x01"),
+    "equal none": batch_of([1], [1], b"\0", equal=b"\x01"),
+    "equal none, or": batch_of([1], [1], b"\0", PAGE, equal_to=[1]),
+    "or one outside RAM": batch_of([1], [1], b"\0", equal=b"\x01", equal_to=[PAGES]),
+    "1025 pages to be written": batch_of([0], [OVER], NONE_SET, equal=ALL_SET, equal_to=[1] * OVER),
+    "refers to a page that is zero": batch_of([1], [1], b"\0", unchanged=b"\x01"),
+    "or was never sent": batch_of([1], [1], b"\0", equal=b"\x01", equal_to=[2]),
+    "refers to a page": batch_of([1], [1], b"\0", PAGE, delta=b"\x01"),
     "wants a window": batch_of([1], [1], b"\0", LONG_WINDOW, Encoding.ZSTD),
 }
 

@@ -974,6 +974,9 @@ class Round(_message.Message):
     DECISION_FIELD_NUMBER: _builtins.int
     COMPRESSED_PAGES_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    UNCHANGED_PAGES_FIELD_NUMBER: _builtins.int
+    EQUAL_PAGES_FIELD_NUMBER: _builtins.int
+    DELTA_PAGES_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """0 sends all of RAM."""
     pages: _builtins.int
@@ -994,6 +997,12 @@ class Round(_message.Message):
     """Of the pages, those that were compressed."""
     compression: _builtins.str
     """How pages were compressed at its end: "none", "lz4", "zstd-1" to "zstd-6"."""
+    unchanged_pages: _builtins.int
+    """Of the pages, those that were dirty and had not changed since they were sent."""
+    equal_pages: _builtins.int
+    """Of the pages, those that equalled another that had been sent."""
+    delta_pages: _builtins.int
+    """Of the pages, those of which only the difference was sent."""
     def __init__(
         self,
         *,
@@ -1007,10 +1016,13 @@ class Round(_message.Message):
         decision: _builtins.str = ...,
         compressed_pages: _builtins.int = ...,
         compression: _builtins.str = ...,
+        unchanged_pages: _builtins.int = ...,
+        equal_pages: _builtins.int = ...,
+        delta_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed_pages", b"compressed_pages", "compression", b"compression", "decision", b"decision", "dirty_pages", b"dirty_pages", "ms", b"ms", "number", b"number", "pages", b"pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed_pages", b"compressed_pages", "compression", b"compression", "decision", b"decision", "delta_pages", b"delta_pages", "dirty_pages", b"dirty_pages", "equal_pages", b"equal_pages", "ms", b"ms", "number", b"number", "pages", b"pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "unchanged_pages", b"unchanged_pages", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1028,6 +1040,10 @@ class RamResult(_message.Message):
     ZERO_PAGES_FIELD_NUMBER: _builtins.int
     DOWNTIME_BYTES_FIELD_NUMBER: _builtins.int
     COMPRESSED_PAGES_FIELD_NUMBER: _builtins.int
+    UNCHANGED_PAGES_FIELD_NUMBER: _builtins.int
+    EQUAL_PAGES_FIELD_NUMBER: _builtins.int
+    DELTA_PAGES_FIELD_NUMBER: _builtins.int
+    PAGE_BYTES_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
     """Size of guest RAM."""
     transferred_bytes: _builtins.int
@@ -1039,7 +1055,15 @@ class RamResult(_message.Message):
     downtime_bytes: _builtins.int
     """Bytes sent in the switchover."""
     compressed_pages: _builtins.int
-    """Pages sent compressed."""
+    """Pages sent compressed, differences included."""
+    unchanged_pages: _builtins.int
+    """Pages that were dirty and had not changed since they were sent."""
+    equal_pages: _builtins.int
+    """Pages that equalled another that had been sent."""
+    delta_pages: _builtins.int
+    """Pages of which only the difference to what had been sent was sent."""
+    page_bytes: _builtins.int
+    """Bytes of all pages sent that were not zero, before anything was done to them."""
     def __init__(
         self,
         *,
@@ -1049,10 +1073,14 @@ class RamResult(_message.Message):
         zero_pages: _builtins.int = ...,
         downtime_bytes: _builtins.int = ...,
         compressed_pages: _builtins.int = ...,
+        unchanged_pages: _builtins.int = ...,
+        equal_pages: _builtins.int = ...,
+        delta_pages: _builtins.int = ...,
+        page_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "compressed_pages", b"compressed_pages", "downtime_bytes", b"downtime_bytes", "pages", b"pages", "transferred_bytes", b"transferred_bytes", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "compressed_pages", b"compressed_pages", "delta_pages", b"delta_pages", "downtime_bytes", b"downtime_bytes", "equal_pages", b"equal_pages", "page_bytes", b"page_bytes", "pages", b"pages", "transferred_bytes", b"transferred_bytes", "unchanged_pages", b"unchanged_pages", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
