@@ -32,8 +32,9 @@ class Account:
         events: Events,
         session_id: str,
         request: host_pb2.MigrateRequest,
-        device_progress: Callable[[], Sequence[host_pb2.DeviceProgress]],
+        tell_progress: Callable[[host_pb2.Progress], None],
     ) -> None:
+        """`tell_progress` fills in what the streams have sent so far."""
         self.meter = Meter()
         self.facts: list[RoundFacts] = []
         self.throttle_percent = 0
@@ -49,7 +50,7 @@ class Account:
         )
         self._events = events
         self._session_id = session_id
-        self._device_progress = device_progress
+        self._tell_of_streams = tell_progress
         self._progress = host_pb2.Progress(expected_downtime_ms=-1)
         self._ended = threading.Event()
         self._teller = threading.Thread(target=self._tell_progress, name="progress", daemon=True)
@@ -186,8 +187,7 @@ class Account:
             self._progress.round_done_pages = self.meter.round_pages
             self._progress.bandwidth = self.meter.current_bandwidth()
             self._progress.sent_bytes = self.meter.total_bytes
-            del self._progress.devices[:]
-            self._progress.devices.extend(self._device_progress())
+            self._tell_of_streams(self._progress)
             self._events.publish(self._session_id, progress=self._progress)
 
     def close(self) -> None:

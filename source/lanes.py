@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
 
 import grpc
 from switchover.v1 import migration_pb2
 
-from common.memory.layout import PAGE_SIZE
-from common.memory.pages import Encoding, PageBatch, split_lanes
+from common.memory.pages import PageBatch, split_lanes
 from common.memory.runs import Runs
 from common.rpc.page_batch import serialize
+from source.lane_stats import LaneStats, total
 from source.limiter import Limiter
 from source.packer import Packer
 from source.stream import AckedStream
@@ -24,38 +23,6 @@ from source.stream import AckedStream
 __all__ = ["LaneStats", "PageLanes"]
 
 SEND_PAGES = "/switchover.v1.MigrationService/SendPages"
-
-
-@dataclass(slots=True)
-class LaneStats:
-    """What was sent: pages, how many of them in which way, and bytes on the wire.
-
-    Differences (`delta_pages`) are mostly compressed too; what is in none of these kinds went as it was.
-    """
-
-    pages: int = 0
-    zero_pages: int = 0
-    sent_bytes: int = 0
-    unchanged_pages: int = 0
-    equal_pages: int = 0
-    delta_pages: int = 0
-    compressed_pages: int = 0
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of the pages that are not zero, before compression."""
-        return (self.pages - self.zero_pages) * PAGE_SIZE
-
-    def count(self, batch: PageBatch, size: int) -> None:
-        """Count a batch that is sent with `size` bytes."""
-        self.pages += batch.pages
-        self.zero_pages += batch.zero_pages
-        self.sent_bytes += size
-        self.unchanged_pages += batch.unchanged_pages
-        self.equal_pages += batch.equal_pages
-        self.delta_pages += batch.delta_pages
-        if batch.encoding != Encoding.RAW:
-            self.compressed_pages += batch.payload_pages
 
 
 class _Lane:
@@ -137,8 +104,7 @@ class PageLanes:
             self._pool.submit(lane.send, self._packer.batches(index, part, data, number))
             for index, (lane, part) in enumerate(zip(self._lanes, split_lanes(*runs, len(self._lanes)), strict=True))
         ]
-        parts = [astuple(future.result()) for future in futures]
-        return LaneStats(*map(sum, zip(*parts, strict=True)))
+        return total([future.result() for future in futures])
 
     def interrupt(self, failure: Exception) -> None:
         """Let a `send` that runs, and every later one, fail with `failure`."""

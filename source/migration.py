@@ -86,11 +86,12 @@ class Migration:
         self._machine = host.machine.another()
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
-        self._account = Account(host.events, session_id, request, self._device_progress)
+        self._account = Account(host.events, session_id, request, self._tell_progress)
 
-    def _device_progress(self) -> list[host_pb2.DeviceProgress]:
+    def _tell_progress(self, progress: host_pb2.Progress) -> None:
         streams = self._open_streams
-        return [stream.progress() for stream in streams.devices] if streams is not None else []
+        if streams is not None:
+            streams.tell(progress)
 
     def cancel(self) -> None:
         """End the migration; without effect once COMMIT may have been sent."""

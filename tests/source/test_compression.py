@@ -10,7 +10,7 @@ import pytest
 from common.memory.compression import LZ4, METHODS, NONE, Method
 from common.memory.layout import PAGE_SIZE
 from source.compression import Link, Speed, choose, next_link
-from source.packer import Tuner
+from source.tuner import Tuner
 
 MBIT, GBIT = 1e6 / 8, 1e9 / 8
 MIB = 1 << 20
@@ -67,7 +67,7 @@ def test_a_link_that_waits_may_be_faster_and_one_that_holds_up_is_as_it_is() -> 
 
 @dataclass
 class Host:
-    """A lane, its workers, a link and the other end, as in source/packer.py, in virtual time."""
+    """A lane, its workers, a link and the other end, in virtual time."""
 
     link: float
     shares: dict[str, float]

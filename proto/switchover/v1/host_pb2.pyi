@@ -697,6 +697,13 @@ class Progress(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     DECISION_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    PAGE_BYTES_FIELD_NUMBER: _builtins.int
+    ZERO_PAGES_FIELD_NUMBER: _builtins.int
+    UNCHANGED_PAGES_FIELD_NUMBER: _builtins.int
+    EQUAL_PAGES_FIELD_NUMBER: _builtins.int
+    DELTA_PAGES_FIELD_NUMBER: _builtins.int
+    COMPRESSED_PAGES_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """setup, precopy, switchover, handover."""
     round: _builtins.int
@@ -717,6 +724,20 @@ class Progress(_message.Message):
     """vCPU throttle in percent."""
     decision: _builtins.str
     """What the convergence policy last decided, and why."""
+    compression: _builtins.str
+    """How pages are compressed now: "none", "lz4", "zstd-1" to "zstd-6"."""
+    page_bytes: _builtins.int
+    """Bytes of the pages sent so far that were not zero, before anything was done to them."""
+    zero_pages: _builtins.int
+    """Pages sent so far as zero."""
+    unchanged_pages: _builtins.int
+    """Pages sent so far that had not changed since they were sent before."""
+    equal_pages: _builtins.int
+    """Pages sent so far that equalled another."""
+    delta_pages: _builtins.int
+    """Pages sent so far as the difference to what was sent before."""
+    compressed_pages: _builtins.int
+    """Pages sent so far compressed, differences included."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProgress]:
         """How far each device is."""
@@ -735,10 +756,17 @@ class Progress(_message.Message):
         devices: _abc.Iterable[Global___DeviceProgress] | None = ...,
         throttle_percent: _builtins.int = ...,
         decision: _builtins.str = ...,
+        compression: _builtins.str = ...,
+        page_bytes: _builtins.int = ...,
+        zero_pages: _builtins.int = ...,
+        unchanged_pages: _builtins.int = ...,
+        equal_pages: _builtins.int = ...,
+        delta_pages: _builtins.int = ...,
+        compressed_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "decision", b"decision", "devices", b"devices", "dirty_rate", b"dirty_rate", "expected_downtime_ms", b"expected_downtime_ms", "phase", b"phase", "round", b"round", "round_done_pages", b"round_done_pages", "round_pages", b"round_pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "compressed_pages", b"compressed_pages", "compression", b"compression", "decision", b"decision", "delta_pages", b"delta_pages", "devices", b"devices", "dirty_rate", b"dirty_rate", "equal_pages", b"equal_pages", "expected_downtime_ms", b"expected_downtime_ms", "page_bytes", b"page_bytes", "phase", b"phase", "round", b"round", "round_done_pages", b"round_done_pages", "round_pages", b"round_pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "unchanged_pages", b"unchanged_pages", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
