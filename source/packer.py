@@ -8,7 +8,6 @@ decided anew for each batch (source/compression.py) by what was measured of thos
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from common.memory.ram import GuestRam
 from common.memory.runs import Runs
 from common.memory.sent import SentPages
 from source.lane_stats import LaneStats, total
-from source.tuner import FIRST_LOOK_BYTES, Tuner
+from source.tuner import Tuner
 
 __all__ = ["Packer"]
 
@@ -34,8 +33,8 @@ MAX_WORKERS = 4
 CACHE_BYTES = 64 << 20
 # A small round is cut finer, so that every worker has some of it, but no finer than this.
 MIN_UNIT_PAGES = 64
-# Beside the first batch, which shows how fast the link is, nothing is sent for at most so long.
-FIRST_LOOK_SECONDS = 0.5
+# So many small batches go first, one at a time, to see how fast the link is; each is waited for this long.
+FIRST_LOOKS, FIRST_LOOK_PAGES, FIRST_LOOK_SECONDS = 3, 64, 0.5
 
 FIXED = {
     host_pb2.COMPRESSION_OFF: NONE,
@@ -56,8 +55,7 @@ class Packer:
         self._tuner = Tuner(workers=workers, lanes=lanes)
         self._workers = workers
         self._ahead = max(workers // lanes, 1) + 1
-        self._looking = threading.Lock()  # taken by the lane that looks first, and kept
-        self._first_look = threading.Event()
+        self._looks_left = FIRST_LOOKS if self._fixed is None else 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
 
     def batches(self, lane: int, pages: Runs, data: Runs, number: int) -> Iterator[PageBatch]:
@@ -76,7 +74,9 @@ class Packer:
 
         def copied() -> int:
             nonlocal method
-            method = NONE if self._sees_nothing else self._method
+            if self._looks_left > 0:
+                return FIRST_LOOK_PAGES
+            method = self._method
             return 0 if method is NONE else min(method.unit_pages, most)
 
         packing: deque[Future[tuple[PageBatch, Method]]] = deque()
@@ -85,32 +85,18 @@ class Packer:
                 sent.reduce(batch)
                 packing.append(self._pool.submit(self._pack, batch, method))
                 yield from self._finish(packing, self._ahead)
-                continue
-            sent.forget(batch)
-            yield from self._finish(packing, 0)
-            if self._sees_nothing and batch.payload_bytes >= FIRST_LOOK_BYTES:
-                yield from self._look_first(batch)
             else:
+                sent.forget(batch)
+                yield from self._finish(packing, 0)
                 yield from self._hand_over(batch)
+                if self._looks_left > 0 and batch.payload:
+                    self._looks_left -= 1
+                    self._tuner.look_first(FIRST_LOOK_SECONDS)
         yield from self._finish(packing, 0)
 
     @property
     def _method(self) -> Method:
         return self._fixed or self._tuner.method
-
-    @property
-    def _sees_nothing(self) -> bool:
-        return self._fixed is None and not self._first_look.is_set()
-
-    def _look_first(self, batch: PageBatch) -> Iterator[PageBatch]:
-        """Send a batch alone, the first of all lanes, and wait until it has shown how fast the link is."""
-        if self._looking.acquire(blocking=False):
-            yield from self._hand_over(batch)
-            self._first_look.wait(FIRST_LOOK_SECONDS)
-            self._first_look.set()
-        else:
-            self._first_look.wait(2 * FIRST_LOOK_SECONDS)
-            yield from self._hand_over(batch)
 
     def _pack(self, batch: PageBatch, method: Method) -> tuple[PageBatch, Method]:
         """Pack a batch; return it, and how it was packed."""
@@ -134,8 +120,6 @@ class Packer:
     def applied(self, pages: int, size: int) -> None:
         """Note an ack."""
         self._tuner.applied(pages, size)
-        if self._tuner.link is not None:
-            self._first_look.set()
 
     def progress(self) -> tuple[str, LaneStats]:
         """Return how the next batch is packed, and what was sent so far, without its size."""

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from common.memory.compression import METHODS, NONE, Method
 from source.compression import Link, Speed, choose, next_link
 
-__all__ = ["FIRST_LOOK_BYTES", "Tuner"]
+__all__ = ["Tuner"]
 
-# The link is looked at after this long, so many acks and so much; the first time after one batch of about this size.
+# The link is looked at after this long, so many acks and so much.
 LOOK_SECONDS, LOOK_ACKS, LOOK_BYTES = 0.05, 4, 1 << 20
-FIRST_LOOK_BYTES = 1 << 19
-# A link that then seems to carry more than this, in bytes per second, is looked at again before anything is compressed.
+# A link that seems to carry more than this at first, in bytes per second, is looked at again before anything is packed.
 FAST_LINK = 200e6
 # What a method has shown is forgotten after this long, and it is tried again.
 MEMORY_SECONDS = 5.0
@@ -53,6 +52,7 @@ class Tuner:
         self._was_idle = idle()
         self._cores = float(workers)
         self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
         self._seen: dict[Method, tuple[Speed, float]] = {}
         self._link: float | None = None
         self._under_way = 0
@@ -65,10 +65,15 @@ class Tuner:
         self._busy = self._held_up = self._packing = self._unpacking = 0.0
         self._acks = self._acked_bytes = 0
 
-    @property
-    def link(self) -> float | None:
-        """What the link is believed to carry, in bytes per second; None as long as nothing was seen of it."""
-        return self._link
+    def look_first(self, seconds: float) -> None:
+        """Wait until what is under way, and was sent alone, has arrived: that shows how fast the link is at least."""
+        with self._lock:
+            arrived = self._arrived.wait_for(lambda: not self._under_way, seconds)
+            if arrived and self._busy:
+                self._link = max(self._link or 0.0, self._acked_bytes / self._busy)
+                # So little does not show how fast a fast link is.
+                self.method = NONE if self._link > FAST_LINK else self._choose(self._clock())
+            self._forget_counts()
 
     def packed(self, method: Method, size: int, packed_size: int, seconds: float) -> None:
         """Note that a worker packed `size` bytes of pages into `packed_size`, in so many seconds of a core."""
@@ -106,9 +111,9 @@ class Tuner:
             self._acked_bytes += size
             if not self._under_way:
                 self._busy += now - self._busy_since
-            first = self._link is None and size >= FIRST_LOOK_BYTES
+                self._arrived.notify_all()
             enough = self._acks >= LOOK_ACKS and self._acked_bytes >= LOOK_BYTES
-            if first or (enough and now - self._looked_at >= LOOK_SECONDS):
+            if enough and now - self._looked_at >= LOOK_SECONDS:
                 self._look(now)
 
     def _look(self, now: float) -> None:
@@ -118,10 +123,8 @@ class Tuner:
         if self._busy > 0:
             lane_seconds = self._busy * self._lanes
             seen = Link(self._acked_bytes / self._busy, self._held_up / lane_seconds, self._unpacking / lane_seconds)
-            # One batch alone does not show how fast a fast link is.
-            wait_and_see = self._link is None and seen.rate > FAST_LINK
             self._link = next_link(self._link, seen)
-            self.method = NONE if wait_and_see else self._choose(now)
+            self.method = self._choose(now)
         self._looked_at = now
         self._forget_counts()
 

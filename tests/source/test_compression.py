@@ -10,6 +10,7 @@ import pytest
 from common.memory.compression import LZ4, METHODS, NONE, Method
 from common.memory.layout import PAGE_SIZE
 from source.compression import Link, Speed, choose, next_link
+from source.packer import FIRST_LOOK_PAGES, FIRST_LOOKS
 from source.tuner import Tuner
 
 MBIT, GBIT = 1e6 / 8, 1e9 / 8
@@ -115,10 +116,12 @@ class Host:
             if isinstance(tuner, Tuner):
                 tuner.held_up(self.now - began)
 
-        if isinstance(tuner, Tuner):
-            send(0.0, MIB, MIB)
-            left -= MIB
-            tell(min(acks[0][0], 0.5))
+        for _ in range(FIRST_LOOKS if isinstance(tuner, Tuner) else 0):
+            pages = FIRST_LOOK_PAGES * PAGE_SIZE
+            send(self.now, pages, pages)
+            left -= pages
+            tell(acks[0][0])
+            tuner.look_first(0)
         for _ in itertools.count():
             if left <= 0:
                 break

@@ -8,13 +8,14 @@ import pytest
 from switchover.v1 import host_pb2
 
 from common.memory import runs
-from common.memory.compression import LZ4, NONE, ZSTD
+from common.memory.compression import LZ4, ZSTD
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
 from common.memory.pages import Applier, Encoding, PageBatch
 from common.memory.ram import GuestRam
 from common.rpc.page_batch import parse, serialize
 from source import packer as packer_module
-from source.packer import Packer
+from source import tuner as tuner_module
+from source.packer import FIRST_LOOK_PAGES, Packer
 
 CHUNKS = 24
 PAGES = CHUNKS * CHUNK_PAGES
@@ -85,21 +86,24 @@ def test_pages_arrive_in_order_packed_as_told(
     assert sum(batch.unchanged_pages for batch in again) == (0 if encoding is Encoding.RAW else filled)
 
 
-def test_the_first_batch_goes_as_it_is_to_see_how_fast_the_link_is(
-    source: GuestRam, target: GuestRam, opened: Callable[..., Packer]
+@pytest.mark.parametrize(("fast", "then"), [(0.0, Encoding.RAW), (float("inf"), Encoding.ZSTD)])
+def test_the_first_batches_go_as_they_are_to_see_how_fast_the_link_is(
+    source: GuestRam,
+    target: GuestRam,
+    opened: Callable[..., Packer],
+    monkeypatch: pytest.MonkeyPatch,
+    fast: float,
+    then: Encoding,
 ) -> None:
+    monkeypatch.setattr(tuner_module, "FAST_LINK", fast)
+    monkeypatch.setattr(tuner_module, "LOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(tuner_module, "choose", lambda *_, **__: ZSTD)
     packer = opened(host_pb2.COMPRESSION_AUTO)
-    applier = Applier(target)
-    seen = []
-    for batch in packer.batches(0, ALL, source.data_runs(), 0):
-        message = serialize(batch)
-        applier.apply(parse(message))
-        seen.append(batch.encoding)
-        # 1 MiB in no time at all for the first, then never an ack again.
-        if len(seen) <= 2:
-            packer.applied(batch.pages, len(message))
-    assert seen[1] == Encoding.RAW
-    assert packer._method is NONE and set(seen) == {Encoding.RAW}
+    arrived = [batch for batch in send(packer, Applier(target), source, 0) if batch.payload]
+    assert [batch.payload_pages for batch in arrived[:3]] == [FIRST_LOOK_PAGES] * 3
+    assert {batch.encoding for batch in arrived[:3]} == {Encoding.RAW}
+    assert {batch.encoding for batch in arrived[3:]} == {then}
+    assert packer.progress()[0] == ("none" if then is Encoding.RAW else ZSTD.name)
     assert np.array_equal(source.pages, target.pages)
 
 
@@ -113,8 +117,8 @@ def test_without_an_ack_the_first_look_ends(
     for batch in packer.batches(0, ALL, source.data_runs(), 0):
         applier.apply(parse(serialize(batch)))
         encodings.append(batch.encoding)
-    assert encodings[:2] == [Encoding.RAW, Encoding.RAW]  # holes, and the first look
-    assert Encoding.ZSTD in encodings[2:]
+    assert set(encodings[:4]) == {Encoding.RAW}  # holes, and the first looks
+    assert set(encodings[4:]) == {Encoding.ZSTD}
     assert np.array_equal(source.pages, target.pages)
 
 
