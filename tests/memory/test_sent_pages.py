@@ -92,6 +92,33 @@ def test_a_page_that_was_zero_meanwhile_is_not_unchanged(lane: Lane) -> None:
         assert lane.send([3]).unchanged_pages == 0
 
 
+def test_a_difference_is_to_what_was_sent_last_in_whatever_way(lane: Lane) -> None:
+    def edit(page: int) -> None:
+        lane.source.pages[page, lane.round * 8] ^= 1
+
+    lane.source.pages[3:5] = noise(1)
+    for _ in range(3):
+        edit(3)
+        lane.send([3, 4])
+    lane.source.pages[4] = lane.source.pages[3]
+    edit(4)
+    lane.send([4])
+    lane.source.pages[3] = lane.source.pages[4]
+    assert kinds(lane.send([3])) == (0, 0, 1, 0, 0)
+    edit(3)
+    assert kinds(lane.send([3])) == (0, 0, 0, 1, 0)
+    before = lane.source.pages[3].copy()
+    lane.source.pages[3] = 0
+    lane.send([3])
+    lane.source.pages[3] = before
+    edit(3)
+    assert kinds(lane.send([3])) == (0, 0, 0, 0, 1)
+    edit(3)
+    lane.send([3], forget=True)
+    edit(3)
+    assert kinds(lane.send([3])) == (0, 0, 0, 0, 1)
+
+
 def test_a_page_of_which_little_has_changed_is_a_difference(lane: Lane) -> None:
     lane.source.pages[5] = noise(1)
     assert kinds(lane.send([5])) == (0, 0, 0, 0, 1)
@@ -137,7 +164,9 @@ def test_what_was_sent_uncopied_is_not_referred_to(lane: Lane) -> None:
 def test_contents_that_were_sent_longest_ago_make_room(lane: Lane) -> None:
     small = Lane(cache_bytes=0)  # which keeps one unit
     everything = [*range(MAX_UNIT_PAGES + 10)]
-    small.source.pages[: len(everything)] = noise(1, len(everything))
+    # All alike but for a word, so that a difference to the wrong one would be small too.
+    small.source.pages[: len(everything)] = noise(1)
+    small.source.words[: len(everything), 7] = np.arange(len(everything))
     for _ in range(3):
         small.source.pages[: len(everything), 0] += 1
         small.send(everything)
