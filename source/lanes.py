@@ -101,7 +101,7 @@ class PageLanes:
         `data` are the runs of RAM that are not holes: no page outside them is read.
         """
         futures: list[Future[LaneStats]] = [
-            self._pool.submit(lane.send, self._packer.batches(index, part, data, number))
+            self._pool.submit(lane.send, self._packer.batches(index, part, data, number, lane.stream.drain))
             for index, (lane, part) in enumerate(zip(self._lanes, split_lanes(*runs, len(self._lanes)), strict=True))
         ]
         return total([future.result() for future in futures])

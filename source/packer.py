@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from switchover.v1 import host_pb2
@@ -33,8 +33,8 @@ MAX_WORKERS = 4
 CACHE_BYTES = 64 << 20
 # A small round is cut finer, so that every worker has some of it, but no finer than this.
 MIN_UNIT_PAGES = 64
-# So many small batches go first, one at a time, to see how fast the link is; each is waited for this long.
-FIRST_LOOKS, FIRST_LOOK_PAGES, FIRST_LOOK_SECONDS = 3, 64, 0.5
+# So many small batches go first, one at a time, to see how fast the link is.
+FIRST_LOOKS, FIRST_LOOK_PAGES = 3, 64
 
 FIXED = {
     host_pb2.COMPRESSION_OFF: NONE,
@@ -58,16 +58,21 @@ class Packer:
         self._looks_left = FIRST_LOOKS if self._fixed is None else 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
 
-    def batches(self, lane: int, pages: Runs, data: Runs, number: int) -> Iterator[PageBatch]:
+    def batches(
+        self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]
+    ) -> Iterator[PageBatch]:
         """Yield a lane's batches of round `number`; they may refer to RAM, until the next one is asked for.
 
-        `data` are the runs of RAM that are not holes: no page outside them is read.
+        `data` are the runs of RAM that are not holes: no page outside them is read. `drain` waits until everything
+        that the lane has sent is applied.
         """
-        for batch in self._batches(lane, pages, data, number):
+        for batch in self._batches(lane, pages, data, number, drain):
             yield batch
             self._sent_so_far[lane].count(batch)
 
-    def _batches(self, lane: int, pages: Runs, data: Runs, number: int) -> Iterator[PageBatch]:
+    def _batches(
+        self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]
+    ) -> Iterator[PageBatch]:
         method = NONE
         sent = self._sent[lane]
         most = max(runs.total(runs.intersect(pages, data)) // (2 * self._workers), MIN_UNIT_PAGES)
@@ -91,7 +96,8 @@ class Packer:
                 yield from self._hand_over(batch)
                 if self._looks_left > 0 and batch.payload:
                     self._looks_left -= 1
-                    self._tuner.look_first(FIRST_LOOK_SECONDS)
+                    drain()
+                    self._tuner.look_first()
         yield from self._finish(packing, 0)
 
     @property

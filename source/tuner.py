@@ -52,7 +52,6 @@ class Tuner:
         self._was_idle = idle()
         self._cores = float(workers)
         self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)
         self._seen: dict[Method, tuple[Speed, float]] = {}
         self._link: float | None = None
         self._under_way = 0
@@ -65,15 +64,21 @@ class Tuner:
         self._busy = self._held_up = self._packing = self._unpacking = 0.0
         self._acks = self._acked_bytes = 0
 
-    def look_first(self, seconds: float) -> None:
-        """Wait until what is under way, and was sent alone, has arrived: that shows how fast the link is at least."""
+    def look_first(self) -> None:
+        """Decide for the first time: what was sent alone, and has arrived, shows how fast the link is at least."""
         with self._lock:
-            arrived = self._arrived.wait_for(lambda: not self._under_way, seconds)
-            if arrived and self._busy:
+            now = self._clock()
+            self._count_busy(now)
+            if self._busy > 0:
                 self._link = max(self._link or 0.0, self._acked_bytes / self._busy)
                 # So little does not show how fast a fast link is.
-                self.method = NONE if self._link > FAST_LINK else self._choose(self._clock())
+                self.method = NONE if self._link > FAST_LINK else self._choose(now)
             self._forget_counts()
+
+    def _count_busy(self, now: float) -> None:
+        if self._under_way:
+            self._busy += now - self._busy_since
+            self._busy_since = now
 
     def packed(self, method: Method, size: int, packed_size: int, seconds: float) -> None:
         """Note that a worker packed `size` bytes of pages into `packed_size`, in so many seconds of a core."""
@@ -111,15 +116,12 @@ class Tuner:
             self._acked_bytes += size
             if not self._under_way:
                 self._busy += now - self._busy_since
-                self._arrived.notify_all()
             enough = self._acks >= LOOK_ACKS and self._acked_bytes >= LOOK_BYTES
             if enough and now - self._looked_at >= LOOK_SECONDS:
                 self._look(now)
 
     def _look(self, now: float) -> None:
-        if self._under_way:
-            self._busy += now - self._busy_since
-            self._busy_since = now
+        self._count_busy(now)
         if self._busy > 0:
             lane_seconds = self._busy * self._lanes
             seen = Link(self._acked_bytes / self._busy, self._held_up / lane_seconds, self._unpacking / lane_seconds)

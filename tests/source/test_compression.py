@@ -121,7 +121,7 @@ class Host:
             send(self.now, pages, pages)
             left -= pages
             tell(acks[0][0])
-            tuner.look_first(0)
+            tuner.look_first()
         for _ in itertools.count():
             if left <= 0:
                 break

@@ -55,7 +55,7 @@ def opened(source: GuestRam) -> Iterator[Callable[..., Packer]]:
 def send(packer: Packer, applier: Applier, source: GuestRam, number: int) -> list[PageBatch]:
     """Send all of RAM, acknowledging each batch at once; return what arrived."""
     arrived = []
-    for batch in packer.batches(0, ALL, source.data_runs(), number):
+    for batch in packer.batches(0, ALL, source.data_runs(), number, lambda: None):
         message = serialize(batch)
         arrived.append(parse(message))
         applier.apply(arrived[-1])
@@ -107,21 +107,6 @@ def test_the_first_batches_go_as_they_are_to_see_how_fast_the_link_is(
     assert np.array_equal(source.pages, target.pages)
 
 
-def test_without_an_ack_the_first_look_ends(
-    source: GuestRam, target: GuestRam, opened: Callable[..., Packer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packer_module, "FIRST_LOOK_SECONDS", 0.01)
-    packer = opened(host_pb2.COMPRESSION_AUTO)
-    applier = Applier(target)
-    encodings = []
-    for batch in packer.batches(0, ALL, source.data_runs(), 0):
-        applier.apply(parse(serialize(batch)))
-        encodings.append(batch.encoding)
-    assert set(encodings[:4]) == {Encoding.RAW}  # holes, and the first looks
-    assert set(encodings[4:]) == {Encoding.ZSTD}
-    assert np.array_equal(source.pages, target.pages)
-
-
 def test_only_so_much_is_packed_ahead(
     source: GuestRam, opened: Callable[..., Packer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +120,7 @@ def test_only_so_much_is_packed_ahead(
 
     monkeypatch.setattr(packer_module, "pack", slow)
     packer = opened(host_pb2.COMPRESSION_LZ4)
-    batches = packer.batches(0, ALL, source.data_runs(), 0)
+    batches = packer.batches(0, ALL, source.data_runs(), 0, lambda: None)
     holes = next(batches)
     assert not holes.payload
     next(batches)
@@ -151,4 +136,4 @@ def test_what_fails_while_packing_fails_the_lane(
 
     monkeypatch.setattr(packer_module, "pack", broken)
     with pytest.raises(MemoryError):
-        list(opened(host_pb2.COMPRESSION_ZSTD).batches(0, ALL, source.data_runs(), 0))
+        list(opened(host_pb2.COMPRESSION_ZSTD).batches(0, ALL, source.data_runs(), 0, lambda: None))
