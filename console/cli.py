@@ -52,6 +52,13 @@ class Compress(StrEnum):
     AUTO = "auto"
 
 
+class LaneKind(StrEnum):
+    """How pages travel."""
+
+    GRPC = "grpc"
+    TCP = "tcp"
+
+
 class OnTimeout(StrEnum):
     """What ends a migration that reaches a limit."""
 
@@ -105,6 +112,9 @@ def migrate(
         bool, typer.Option("--auto-converge", help="Slow the vCPUs down if the link cannot keep up.")
     ] = False,
     lanes: Annotated[int, typer.Option(min=1, max=16, help="Streams that carry pages side by side.")] = 1,
+    lane_kind: Annotated[
+        LaneKind, typer.Option(help="What these are: gRPC streams, or TCP connections of their own.")
+    ] = LaneKind.GRPC,
     compress: Annotated[
         Compress, typer.Option(help="Compress pages: not, with lz4 or zstd, or as link and cores make it fastest.")
     ] = Compress.OFF,
@@ -118,6 +128,7 @@ def migrate(
     from rich.console import Console
     from switchover.v1.host_pb2 import Compression, MigrateRequest
     from switchover.v1.host_pb2 import OnTimeout as OnTimeoutMode
+    from switchover.v1.migration_pb2 import LaneKind as LaneKindMode
     from switchover.v1.migration_pb2 import VerifyMode
 
     from console.daemon import daemon
@@ -135,6 +146,7 @@ def migrate(
         auto_converge=auto_converge,
         lanes=lanes,
         compression=Compression.Value(f"COMPRESSION_{compress.name}"),
+        lane_kind=LaneKindMode.Value(f"LANE_KIND_{lane_kind.name}"),
         continue_on_mismatch=on_mismatch is OnMismatch.CONTINUE,
     )
     try:

@@ -13,7 +13,7 @@ from switchover.v1 import host_pb2, migration_pb2
 from common.host.events import Events
 from common.machine.client import DeviceConfig, DeviceInfo, Tracking
 from common.memory.layout import PAGE_SIZE
-from source.lanes import LaneStats
+from source.lane_stats import LaneStats
 from source.meter import Meter
 from source.policy import Decision, RoundFacts
 from source.state_streams import DeviceStream
@@ -45,6 +45,7 @@ class Account:
             destination=request.destination,
             verify=migration_pb2.VerifyMode.Name(request.verify).removeprefix("VERIFY_MODE_").lower(),
             verified="false",
+            lane_kind=migration_pb2.LaneKind.Name(request.lane_kind).removeprefix("LANE_KIND_").lower(),
             owner="source",
             guest_gap_ms=-1,
         )

@@ -51,6 +51,7 @@ class SourceServicer(HostServicer):
         request.max_downtime_ms = request.max_downtime_ms or DEFAULT_DOWNTIME_MS
         request.lanes = request.lanes or 1
         request.compression = request.compression or host_pb2.COMPRESSION_OFF
+        request.lane_kind = request.lane_kind or migration_pb2.LANE_KIND_GRPC
         session_id = uuid4().hex
         self.host.begin_migration(session_id)
         try:

@@ -12,7 +12,7 @@ from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 from common.machine.client import DeviceInfo, MachineClient, Rest
 from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
-from source.lanes import PageLanes
+from source.lanes import PageLane, PageLanes
 from source.limiter import Limiter
 from source.packer import Packer
 from source.state_streams import DeviceStream, MappingStream
@@ -27,6 +27,7 @@ class Streams:
         self,
         stub: migration_pb2_grpc.MigrationServiceStub,
         open_channel: Callable[[], grpc.Channel],
+        open_lane: Callable[[int, Callable[[int, int], None]], PageLane],
         session_id: str,
         request: host_pb2.MigrateRequest,
         machine: MachineClient,
@@ -36,7 +37,10 @@ class Streams:
         limiter: Limiter,
         on_applied: Callable[[int, int], None],
     ) -> None:
-        """`peers` are the migration flags of the destination's devices; `on_applied` as for `PageLanes`."""
+        """`peers` are the migration flags of the destination's devices; `open_lane` opens the page lane of a number.
+
+        `on_applied` is told (pages, bytes) of every ack, and so is what `open_lane` is given.
+        """
         with ExitStack() as opened:
             self._packer = Packer(ram, request.compression, request.lanes)
             opened.callback(self._packer.close)
@@ -45,10 +49,11 @@ class Streams:
                 self._packer.applied(pages, size)
                 on_applied(pages, size)
 
-            self.lanes = PageLanes(
-                open_channel, session_id, request.lanes, limiter, packer=self._packer, on_applied=applied
-            )
-            opened.callback(self.lanes.close, abort=True)
+            lanes: list[PageLane] = []
+            for number in range(request.lanes):
+                lanes.append(open_lane(number, applied))
+                opened.callback(lanes[-1].close, abort=True)
+            self.lanes = PageLanes(lanes, self._packer)
             self.mappings = MappingStream(stub, session_id)
             opened.callback(self.mappings.close, abort=True)
             self.devices: list[DeviceStream] = []

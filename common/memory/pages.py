@@ -27,6 +27,7 @@ from common.memory.runs import Runs
 __all__ = [
     "BATCH_PAGES",
     "MAX_PAGES",
+    "MAX_PAYLOAD",
     "MAX_RUNS",
     "Applier",
     "Encoding",
@@ -40,9 +41,10 @@ __all__ = [
     "to_bits",
 ]
 
-BATCH_PAGES = 256  # pages with a payload that is not copied: 1 MiB
+BATCH_PAGES = 256  # pages with a payload that is not copied, if nothing else is asked for: 1 MiB
 MAX_PAGES = 1 << 22  # pages of any kind: 16 GiB of holes, 512 KiB of zero bits
 MAX_RUNS = 1 << 16  # 1 MiB of run numbers
+MAX_PAYLOAD = MAX_UNIT_PAGES * PAGE_SIZE + MAX_UNIT_PAGES * PAGE_SIZE // 255 + 16  # packed: LZ4_COMPRESSBOUND
 # Pages looked at together: 64 MiB, so that a batch that is not full is rare, and zero pages fill no batches at all.
 _WINDOW_PAGES = 1 << 14
 # One word of each eighth of a page tells most pages that are not zero.
@@ -151,9 +153,12 @@ def encode(
     *,
     round: int,  # noqa: A002 - the name that the field has everywhere
     data: Runs | None = None,
+    batch_pages: int = BATCH_PAGES,
     copied: Callable[[], int] | None = None,
 ) -> Iterator[PageBatch]:
     """Yield raw batches that carry the pages of ascending runs, each page once; their sequence is 0.
+
+    A batch has up to `batch_pages` (at most `MAX_UNIT_PAGES`) pages with a payload.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
     dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM: it is to be
@@ -174,7 +179,7 @@ def encode(
         while begin < pages.size:
             # A batch ends where the next page with a payload would be too many; zero pages go with the batch before.
             copy = copied() if copied is not None else 0
-            full += copy or BATCH_PAGES
+            full += copy or batch_pages
             end = int(filled[full]) if full < filled.size else pages.size
             bits = zero[begin:end]
             batch = _batch(round, runs.from_pages(pages[begin:end]), to_bits(bits))
@@ -311,10 +316,14 @@ class Applier:
         self._written = np.zeros(ram.layout.pages, np.bool_)
         self.generation_of_chunk = np.zeros(ram.layout.pages // CHUNK_PAGES, np.uint32)
 
-    def apply(self, batch: PageBatch) -> tuple[int, int]:
+    def apply(self, batch: PageBatch, receive: Callable[[Sequence[memoryview]], None] | None = None) -> tuple[int, int]:
         """Put a batch into RAM; return (pages, zero pages among them).
 
         `ValueError`, with RAM unchanged, if the batch is not in order.
+
+        With `receive` the payload has not come yet: `batch.payload` is one buffer of its size, which `receive` is told
+        to fill, or better, for raw pages in not too many pieces, the places in RAM where they belong. If it fails
+        there, those pages are half written, and count as written: they must be sent again, or the machine given up.
         """
         check(batch, self._ram.layout.pages)
         covered = batch.run_first.astype(np.int64), batch.run_pages.astype(np.int64)
@@ -329,27 +338,44 @@ class Applier:
         equal_to = batch.equal_to.astype(np.int64)
         if not (self._written[numbers[unchanged | delta]].all() and self._written[equal_to].all()):
             raise ValueError("a batch refers to a page that is zero, or was never sent")
-        # All that is referred to is read before anything is written.
-        payload = self._unpack(batch, batch.payload_pages)
-        others = self._ram.pages[equal_to]
         whole = ~(zero | unchanged | equal)
-        if batch.delta:
+        filled = numbers[whole]
+        places = runs.from_pages(filled)
+        payload = None
+        if receive is None or batch.encoding != Encoding.RAW or batch.delta or places[0].size > _MAX_PARTS:
+            if receive is not None:
+                receive([memoryview(part) for part in batch.payload])
+            payload = self._unpack(batch, filled.size)
+        # All that is referred to is read before anything is written.
+        others = self._ram.pages[equal_to]
+        if payload is not None and batch.delta:
             payload = payload.copy()
             payload[delta[whole]] ^= self._ram.pages[numbers[delta]]
         if zero_pages:
             self._clear(runs.from_pages(numbers[zero]))
-        self._store(numbers[whole], payload)
-        self._store(numbers[equal], others)
+        written = numbers[whole | equal]
+        self._written[written] = True
+        try:
+            if payload is not None:
+                self._store(filled, places, payload)
+            elif receive is not None:
+                receive(self._views(places))
+            self._store(numbers[equal], runs.from_pages(numbers[equal]), others)
+        finally:
+            self._changed(written)
         return pages, zero_pages
+
+    def _views(self, places: Runs) -> list[memoryview]:
+        starts = (places[0] * PAGE_SIZE).tolist()
+        ends = ((places[0] + places[1]) * PAGE_SIZE).tolist()
+        return [self._ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def _unpack(self, batch: PageBatch, pages: int) -> npt.NDArray[np.uint8]:
         size = pages * PAGE_SIZE
         return np.frombuffer(unpack(batch.encoding, _joined(batch.payload), size), np.uint8).reshape(-1, PAGE_SIZE)
 
-    def _store(self, numbers: npt.NDArray[np.int64], payload: npt.NDArray[np.uint8]) -> None:
-        if not numbers.size:
-            return
-        first, count = runs.from_pages(numbers)
+    def _store(self, numbers: npt.NDArray[np.int64], places: Runs, payload: npt.NDArray[np.uint8]) -> None:
+        first, count = places
         if first.size <= _MAX_PARTS:
             done = 0
             for begin, pages in zip(first.tolist(), count.tolist(), strict=True):
@@ -357,8 +383,6 @@ class Applier:
                 done += pages
         else:
             self._ram.pages[numbers] = payload
-        self._written[numbers] = True
-        self._changed(numbers)
 
     def _clear(self, zero: Runs) -> None:
         """Clear those pages that something was written to; the others are zero, and most of them holes."""
@@ -373,4 +397,5 @@ class Applier:
 
     def _changed(self, numbers: npt.NDArray[np.int64]) -> None:
         chunks = numbers // CHUNK_PAGES
-        self.generation_of_chunk[chunks[np.flatnonzero(np.diff(chunks, prepend=-1))]] += 1
+        self.generation_of_chunk[chunks[:1]] += 1
+        self.generation_of_chunk[chunks[1:][chunks[1:] != chunks[:-1]]] += 1

@@ -325,7 +325,7 @@ def test_a_host_with_a_machine_takes_no_other(rig: Rig) -> None:
 
 def test_a_host_without_such_a_device_does_not_begin(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [SimpleNamespace(kind=kind, attachment=None) for kind in ("nic", "nvme", "accelerator")]
-    monkeypatch.setattr(arrival_module, "_describe", lambda _: SimpleNamespace(devices=devices))
+    monkeypatch.setattr(arrival_module, "describe", lambda _: SimpleNamespace(devices=devices))
     rig.host.device_kinds = frozenset({"nic"})
     assert refused(rig.prepare) == "NO_SUCH_DEVICE: this host has no device of kind accelerator, nvme"
     assert rig.launches == 0 and not rig.host.migrating
