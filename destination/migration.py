@@ -35,11 +35,11 @@ from destination import handover
 from destination.handover import Event
 from destination.lane_port import LanePort
 from destination.lanes import Lanes, Receive
-from destination.loading import Loading
+from destination.loading import Loading, check_whole
 from destination.refusal import bad
 from destination.request import changes, check_memory, config, describe, find_devices
 from destination.tcp_lane import receive_batches
-from destination.verifier import Verifier, compare_device
+from destination.verifier import Verifier, compare_devices
 
 __all__ = ["Arrival"]
 
@@ -117,6 +117,7 @@ class Arrival:
                     name=device.name,
                     migration_flags=device.migration_flags,
                     comparable_dump=device.comparable_dump,
+                    bar_sizes=device.bar_sizes,
                 )
                 for device in machine.devices()
             ],
@@ -233,12 +234,7 @@ class Arrival:
             raise bad("not all page batches have arrived")
         if request.mapping_sequence != self._mapping_sequence:
             raise bad("not all mapping changes have arrived")
-        if {device.name for device in request.devices} != set(self._devices):
-            raise bad("the devices are not those that were prepared")
-        for device in request.devices:
-            loading = self._devices[device.name]
-            if not loading.ended or loading.sequence != device.record_sequence:
-                raise bad(f"{device.name}: its state has not arrived whole")
+        check_whole(self._devices, request.devices)
 
     def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
@@ -256,15 +252,7 @@ class Arrival:
             raise bad(str(error)) from error
         if self._verify == Verify.VERIFY_MODE_DEFERRED:
             self._let_go()
-        differing, compared = [], []
-        for theirs in request.devices:
-            ours = self._device_digests.get(theirs.name)
-            if ours is None or not (ours.compared and theirs.compared):
-                continue
-            compared.append(theirs.name)
-            what = compare_device(ours, theirs)
-            if what is not None:
-                differing.append(migration_pb2.DeviceMismatch(name=theirs.name, what=what))
+        differing, compared = compare_devices(self._device_digests, request.devices)
         return migration_pb2.VerifyResponse(
             chunks=len(request.chunk_digests) // 8,
             mismatches=mismatches,

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import grpc
+import structlog
 from switchover.v1 import migration_pb2, migration_pb2_grpc
 
-from common.host.host import COMMITTED, REVOKED, Host
+from common.host.host import ARRIVED, COMMITTED, REVOKED, Host
 from common.ipc.channel import ClosedError, RequestError
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError
@@ -19,6 +20,8 @@ from destination import handover
 from destination.migration import Arrival
 
 __all__ = ["PROTOCOL_VERSIONS", "MigrationServicer", "register"]
+
+_log = structlog.get_logger()
 
 PROTOCOL_VERSIONS = (1,)
 MAX_LANES = 16
@@ -133,6 +136,18 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     ) -> migration_pb2.CommitResponse:
         """Take the machine over."""
         return self._of(request.session_id).commit(request)
+
+    def Halt(self, request: migration_pb2.HaltRequest, context: grpc.ServicerContext) -> migration_pb2.HaltResponse:
+        """Pause the machine that this session has brought, also if another daemon of this host has served it then."""
+        record = self._host.record()
+        if record is None or record.session_id != request.session_id or record.ownership not in ARRIVED:
+            raise RefusalError(
+                grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no machine is here that such a session brought"
+            )
+        _log.error("machine halted by its source", session=request.session_id, reason=request.reason)
+        self._host.require_machine().pause()
+        self._host.events.publish(request.session_id, machine_state="paused")
+        return migration_pb2.HaltResponse()
 
     def GetSession(
         self, request: migration_pb2.GetSessionRequest, context: grpc.ServicerContext

@@ -17,7 +17,7 @@ from functools import partial
 import grpc
 import numpy as np
 import structlog
-from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
+from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
 from common import hooks
 from common.host.host import Host
@@ -33,6 +33,7 @@ from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
 from source.commit import RevokedError, commit, wait_until_started
+from source.counterparts import check_counterparts
 from source.failures import CancelledError, NotConvergedError, explain
 from source.grpc_lane import GrpcLane
 from source.history import History
@@ -164,6 +165,7 @@ class Migration:
                 timeout=self._long_call_s,
             )
             self._prepared = True
+        check_counterparts(devices, prepared.devices)
         mapping.result()
         self._check()
         self._account.tracks(machine.start_tracking())
@@ -409,7 +411,7 @@ class Migration:
         if before_commit:
             self._abort(result.error)
         elif isinstance(error, DataLossError) and not self._request.continue_on_mismatch:
-            self._pause_there()
+            self._halt(result.error)
 
     def _abort(self, why: str) -> None:
         """Undo everything: afterwards the machine runs here as if nothing had happened."""
@@ -431,10 +433,11 @@ class Migration:
             except grpc.RpcError as error:
                 _log.warning("the destination could not be told", message=str(peer_error(error)))
 
-    def _pause_there(self) -> None:
+    def _halt(self, why: str) -> None:
         """Pause a machine that runs at the destination with memory that differs; its copy here is kept."""
+        request = migration_pb2.HaltRequest(session_id=self.session_id, reason=why)
         try:
-            host_pb2_grpc.HostServiceStub(self._channel).Pause(host_pb2.PauseRequest(), timeout=CALL_SECONDS)
+            self._stub.Halt(request, timeout=CALL_SECONDS)
         except grpc.RpcError as error:
             _log.error("the machine could not be paused at the destination", message=str(peer_error(error)))
         else:

@@ -127,28 +127,27 @@ def _compressor(method: Method) -> zstandard.ZstdCompressor:
     return compressors[method.name]
 
 
-def check_packed(encoding: int, packed: Buffer, size: int) -> None:
+def check_packed(encoding: int, packed_size: int, size: int) -> None:
     """Raise `ValueError` if a payload cannot be what `size` bytes of pages (at most `MAX_UNIT_PAGES`) are packed to.
 
-    What it costs to unpack is bounded by this; whether it can be unpacked only `unpack` tells.
+    What is in the payload is looked at by `unpack`, before it takes memory for the pages.
     """
     if encoding == Encoding.RAW:
-        if len(packed) != size:
-            raise ValueError(f"a batch has {len(packed)} bytes of payload, not {size}")
+        if packed_size != size:
+            raise ValueError(f"a batch has {packed_size} bytes of payload, not {size}")
     elif encoding == Encoding.LZ4:
         # LZ4_COMPRESSBOUND
-        if not 1 <= len(packed) <= size + size // 255 + 16 or not size:
-            raise ValueError(f"a batch has {len(packed)} bytes of lz4 for {size} bytes of pages")
+        if not 1 <= packed_size <= size + size // 255 + 16 or not size:
+            raise ValueError(f"a batch has {packed_size} bytes of lz4 for {size} bytes of pages")
     elif encoding == Encoding.ZSTD:
-        _check_frame(packed, size)
+        # What does not become smaller goes as it is.
+        if not 1 <= packed_size < size:
+            raise ValueError(f"a batch has {packed_size} bytes of zstd for {size} bytes of pages")
     else:
         raise ValueError(f"a batch has the unknown encoding {encoding}")
 
 
 def _check_frame(packed: Buffer, size: int) -> None:
-    # A frame that is not smaller than its pages goes as it is, so nobody sends one.
-    if not 1 <= len(packed) < size:
-        raise ValueError(f"a batch has {len(packed)} bytes of zstd for {size} bytes of pages")
     try:
         frame = zstandard.get_frame_parameters(packed)
     except zstandard.ZstdError as error:
@@ -167,6 +166,7 @@ def unpack(encoding: int, packed: Buffer, size: int) -> Buffer:
         if encoding == Encoding.LZ4:
             pages: bytes = lz4.block.decompress(packed, uncompressed_size=size)
         else:
+            _check_frame(packed, size)
             pages = _decompressor().decompress(packed, allow_extra_data=False)
     except (lz4.block.LZ4BlockError, zstandard.ZstdError) as error:
         name = Encoding(encoding).name.lower()

@@ -251,8 +251,7 @@ def _fill(batch: PageBatch, ram: GuestRam, pages: npt.NDArray[np.int64], *, copi
 def check(batch: PageBatch, pages_in_ram: int) -> None:
     """Raise `ValueError`, saying what is wrong, unless a batch may be applied to RAM of that many pages.
 
-    What a packed payload holds is known only when it is unpacked; here it is checked that this takes no more memory
-    than as many pages do.
+    The payload itself is not looked at, only its size: it may be yet to come.
     """
     first, count = batch.run_first, batch.run_pages
     if first.size != count.size:
@@ -275,7 +274,7 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
     full = batch.payload_pages
     if full + batch.equal_pages > MAX_UNIT_PAGES:
         raise ValueError(f"a batch has {full + batch.equal_pages} pages to be written, more than {MAX_UNIT_PAGES}")
-    check_packed(batch.encoding, _joined(batch.payload), full * PAGE_SIZE)
+    check_packed(batch.encoding, batch.payload_bytes, full * PAGE_SIZE)
 
 
 def _check_bits(batch: PageBatch, pages: int) -> None:

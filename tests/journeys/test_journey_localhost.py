@@ -118,9 +118,14 @@ def test_ram_above_4_gib(rig: Rig, image: Path) -> None:
     [
         ("--verify", "deferred"),
         ("--lanes", "3"),
+        ("--lane-kind", "tcp", "--lanes", "2"),
         *(
             pytest.param(options, marks=pytest.mark.matrix)
-            for options in (("--verify", "off"), *(("--compress", how) for how in ("lz4", "zstd", "auto")))
+            for options in (
+                ("--verify", "off"),
+                *(("--compress", how) for how in ("lz4", "zstd", "auto")),
+                ("--lane-kind", "tcp", "--compress", "zstd"),
+            )
         ),
     ],
 )
@@ -131,6 +136,7 @@ def test_ways_to_send_and_to_verify(rig: Rig, image: Path, options: tuple[str, .
     document = switchover_json("migrate", "--source", source.address, "--destination", destination.address, *options)
     assert document["result"] == "completed"
     assert document["verified"] is (options[-1] != "off")
+    assert document["lane_kind"] == ("tcp" if "tcp" in options else "grpc")
     goes_on(destination, before)
 
 

@@ -296,22 +296,30 @@ class PreparedDevice(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MIGRATION_FLAGS_FIELD_NUMBER: _builtins.int
     COMPARABLE_DUMP_FIELD_NUMBER: _builtins.int
+    BAR_SIZES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The device's name in the machine file."""
     migration_flags: _builtins.int
     """VFIO_MIGRATION_* flags of the destination's device."""
     comparable_dump: _builtins.bool
     """Whether two instances in the same state give the same STOP_COPY dump, so that dumps may be compared."""
+    @_builtins.property
+    def bar_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sizes of its BARs 0 to 5 in bytes, 0 where it has none. A source whose device has others must not go on: BARs would
+        not lie where its guest knows them.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         migration_flags: _builtins.int = ...,
         comparable_dump: _builtins.bool = ...,
+        bar_sizes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparable_dump", b"comparable_dump", "migration_flags", b"migration_flags", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bar_sizes", b"bar_sizes", "comparable_dump", b"comparable_dump", "migration_flags", b"migration_flags", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -780,11 +788,11 @@ class DeviceDigest(_message.Message):
     name: _builtins.str
     """The device's name."""
     config: _builtins.int
-    """xxh3_64 of its config space."""
+    """xxh3_64 of its config space; 0: it was not read."""
     dump: _builtins.int
     """xxh3_64 of a full STOP_COPY dump; 0: no dump was taken."""
     compared: _builtins.bool
-    """Whether anything above was read at all; false: only the records of its stream vouch for it."""
+    """Whether there were BARs or a dump to read; false: only the records of its stream vouch for what it holds."""
     @_builtins.property
     def bars(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """xxh3_64 of each readable BAR, in order of index."""
@@ -828,7 +836,7 @@ class VerifyResponse(_message.Message):
 
     @_builtins.property
     def compared_devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Devices that were read on both sides."""
+        """Devices of which both sides have read BARs or a dump."""
 
     def __init__(
         self,
@@ -951,6 +959,49 @@ class CommitResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitResponse: _TypeAlias = CommitResponse  # noqa: Y015
+
+@_typing.final
+class HaltRequest(_message.Message):
+    """HaltRequest names the session that has brought the machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    reason: _builtins.str
+    """Why, in words."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HaltRequest: _TypeAlias = HaltRequest  # noqa: Y015
+
+@_typing.final
+class HaltResponse(_message.Message):
+    """HaltResponse says that the machine stands still."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HaltResponse: _TypeAlias = HaltResponse  # noqa: Y015
 
 @_typing.final
 class GetSessionRequest(_message.Message):
