@@ -96,10 +96,10 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a lane's batches (which arrive as bytes: see `register`)."""
         arrival = self._of_stream(context)
         lane = _metadata(context, "lane")
-        if not lane.isdecimal():
+        if not (lane.isascii() and lane.isdecimal() and len(lane) <= 4):
             raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"no lane number: {lane!r}")
         batches = (_parse(message) for message in request_iterator)
-        yield from _streaming(arrival, arrival.apply_pages(int(lane), batches), context)
+        yield from _streaming(arrival, f"lane {lane}", arrival.apply_pages(int(lane), batches), context)
 
     def SendDeviceState(
         self, request_iterator: Iterator[migration_pb2.SendDeviceStateRequest], context: grpc.ServicerContext
@@ -107,14 +107,15 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a device's records."""
         arrival = self._of_stream(context)
         name = _metadata(context, "device")
-        yield from _streaming(arrival, arrival.apply_device_state(name, request_iterator), context)
+        records = arrival.apply_device_state(name, request_iterator)
+        yield from _streaming(arrival, f"device {name}", records, context)
 
     def SendMappings(
         self, request_iterator: Iterator[migration_pb2.SendMappingsRequest], context: grpc.ServicerContext
     ) -> Iterator[migration_pb2.SendMappingsResponse]:
         """Apply mapping changes."""
         arrival = self._of_stream(context)
-        yield from _streaming(arrival, arrival.apply_mappings(request_iterator), context)
+        yield from _streaming(arrival, "mappings", arrival.apply_mappings(request_iterator), context)
 
     def Finish(
         self, request: migration_pb2.FinishRequest, context: grpc.ServicerContext
@@ -224,9 +225,11 @@ def register(servicer: MigrationServicer, server: grpc.Server) -> None:
     server.add_registered_method_handlers(SERVICE, {"SendPages": pages})
 
 
-def _streaming(arrival: Arrival, answers: Iterator[Response], context: grpc.ServicerContext) -> Iterator[Response]:
+def _streaming(
+    arrival: Arrival, name: str, answers: Iterator[Response], context: grpc.ServicerContext
+) -> Iterator[Response]:
     try:
-        with arrival.streaming():
+        with arrival.streaming(name):
             yield from answers
     finally:
         if not context.is_active():

@@ -32,6 +32,7 @@ __all__ = [
     "Applier",
     "Encoding",
     "PageBatch",
+    "belongs",
     "check",
     "encode",
     "flags",
@@ -135,6 +136,15 @@ def _count(bits: bytes) -> int:
 def lane_of(page: int, lanes: int) -> int:
     """Return the lane of a page: all pages of a 2 MiB chunk share one, so that versions of a page never race."""
     return page // CHUNK_PAGES % lanes
+
+
+def belongs(batch: PageBatch, lane: int, lanes: int) -> bool:
+    """Return whether all pages of a batch, checked or not, and all that it refers to, are of this lane."""
+    if lanes == 1:
+        return True
+    first, last = batch.run_first // CHUNK_PAGES, (batch.run_first + batch.run_pages - np.uint64(1)) // CHUNK_PAGES
+    its = (first == last) & (first % lanes == lane)
+    return bool(its.all() and (batch.equal_to // CHUNK_PAGES % lanes == lane).all())
 
 
 def split_lanes(first: npt.NDArray[np.int64], count: npt.NDArray[np.int64], lanes: int) -> list[Runs]:

@@ -50,6 +50,7 @@ UUID = "6f2c9e0a-0000-4000-8000-000000000001"
 SESSION = "5e551075"
 CONTEXT = cast("grpc.ServicerContext", SimpleNamespace())
 INCARNATION = 4
+CONFIG = bytes(range(256))
 SPEC = MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
 PAGES = SPEC.ram_size // PAGE_SIZE
 PRECOPY = pb.DEVICE_STATE_KIND_PRECOPY_DATA
@@ -225,8 +226,8 @@ class Rig:
             "session_id": SESSION,
             "vcpu_json": '{"clock": 1, "runs": 2}',
             "devices": [
-                pb.DeviceConfig(name="nic0", record_sequence=1, config_space=b"abc", pending_vectors=[2]),
-                pb.DeviceConfig(name="nvme0", record_sequence=2, pending_doorbells=[0]),
+                pb.DeviceConfig(name="nic0", record_sequence=1, config_space=CONFIG, pending_vectors=[2]),
+                pb.DeviceConfig(name="nvme0", record_sequence=2, config_space=CONFIG, pending_doorbells=[0]),
             ],
             "lane_sequences": [1, 0],
             "mapping_sequence": 0,
@@ -609,10 +610,15 @@ def test_finish_loads_what_is_left(lanes: Rig) -> None:
     rig.finish(paused=True)
     ((_, vcpu, configs, *_rest),) = rig.machine.did("load")
     assert vcpu == {"clock": 1, "runs": 2}
-    assert configs == [DeviceConfig("nic0", b"abc", Pending((2,))), DeviceConfig("nvme0", b"", Pending((), (0,)))]
+    assert configs == [DeviceConfig("nic0", CONFIG, Pending((2,))), DeviceConfig("nvme0", CONFIG, Pending((), (0,)))]
     assert rig.state() == READY
     assert refused(rig.finish) == "WRONG_STATE: the session is READY"
     assert refused(lambda: rig.pages(batch(2))) == "WRONG_STATE: the session is READY"
+
+
+def devices_with(**changes: Any) -> list[pb.DeviceConfig]:
+    members = {"record_sequence": 1, "config_space": CONFIG, **changes}
+    return [pb.DeviceConfig(name=name, **members) for name in ("nic0", "nvme0")]
 
 
 @pytest.mark.parametrize(
@@ -628,8 +634,19 @@ def test_finish_loads_what_is_left(lanes: Rig) -> None:
         ({"vcpu_json": "{}"}, "vCPU state: "),
         ({"vcpu_json": "[1]"}, "vCPU state: "),
         ({"vcpu_json": '{"runs": null}'}, "vCPU state: "),
+        ({"vcpu_json": '{"runs": 1e999}'}, "vCPU state: "),
+        ({"vcpu_json": "[" * 100_000}, "vCPU state: "),
+        ({"vcpu_json": '{"runs": 1}' + " " * (1 << 20)}, "vCPU state: "),
+        ({"lane_sequences": [1, 0] * 1000}, "not all page batches have arrived"),
+        ({"devices": [pb.DeviceConfig(name=name) for name in ("nic0", "nvme0", "nic0")]}, "the devices are not those"),
+        ({"devices": devices_with(config_space=b"abc")}, "nic0: a configuration space of 3 bytes"),
+        ({"devices": devices_with(pending_vectors=range(2049))}, "nic0: more than 2048 pending"),
         (
-            {"devices": [pb.DeviceConfig(name=name, record_sequence=1) for name in ("nic0", "nvme0")]},
+            {
+                "devices": [
+                    pb.DeviceConfig(name=name, record_sequence=1, config_space=CONFIG) for name in ("nic0", "nvme0")
+                ]
+            },
             "nvme0: its state has not arrived whole",
         ),
     ],
