@@ -20,7 +20,8 @@ import structlog
 from switchover.v1 import migration_pb2
 
 from common import hooks
-from common.host.host import COMMITTED, REVOKED, Host
+from common.host.host import Host
+from common.host.ownership import COMMITTED, REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.machine.attachments import with_attachments
 from common.machine.client import Changes, DeviceConfig, MachineClient, MappingChange

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import grpc
 from switchover.v1 import migration_pb2, migration_pb2_grpc
 
-from common.host.host import COMMITTED, REVOKED, Host
+from common.host.host import Host
+from common.host.ownership import COMMITTED, REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError

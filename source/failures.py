@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.ipc.channel import ClosedError, RequestError
 from common.rpc.errors import PeerError
-from source.commit import NotStartedError, RevokedError, UndecidedError
+from source.commit import NotStartedError, ResolvedError, RevokedError, UndecidedError
 from source.verdict import DataLossError
 
 __all__ = ["CancelledError", "NotConvergedError", "explain"]
@@ -29,6 +29,8 @@ def explain(error: Exception, destination: str) -> tuple[str, str]:
             return "DATA_LOSS", str(error)
         case RevokedError():
             return "REVOKED", str(error)
+        case ResolvedError():
+            return "RESOLVED", str(error)
         case NotStartedError():
             return "NOT_STARTED", str(error)
         case UndecidedError():

@@ -32,7 +32,7 @@ from common.rpc.errors import peer_error
 from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
-from source.commit import RevokedError, commit, wait_until_started
+from source.commit import Handover, ResolvedError, RevokedError
 from source.failures import CancelledError, NotConvergedError, explain
 from source.history import History
 from source.lanes import LaneStats
@@ -76,7 +76,6 @@ class Migration:
         self._limiter = Limiter(request.bandwidth_limit or None)
         self._history = History()
         self._cancelled = threading.Event()
-        self._ended = threading.Event()
         self._ownership = Ownership.OWNER
         self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="migration")
         self._open_streams: Streams | None = None
@@ -87,6 +86,10 @@ class Migration:
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
         self._account = Account(host.events, session_id, request, self._device_progress)
+        record = host.record()
+        assert record is not None
+        self._incarnation = record.incarnation + 1
+        self.handover = Handover(self._stub, session_id, self._incarnation, self._account.say)
 
     def _device_progress(self) -> list[host_pb2.DeviceProgress]:
         streams = self._open_streams
@@ -107,7 +110,7 @@ class Migration:
     def abandon(self) -> None:
         """Do not wait any longer for a destination that does not answer: this daemon ends."""
         self.cancel()
-        self._ended.set()
+        self.handover.end()
 
     def run(self) -> None:
         """Move the machine. Whatever fails, somebody owns it at the end, and the result says what happened."""
@@ -137,9 +140,6 @@ class Migration:
         self._account.moves(spec.uuid or "", self._ram.size, devices)
         if self._request.verify != Verify.VERIFY_MODE_OFF:
             self._verifier = Verifier(self._ram, machine, self._pool)
-        record = self._host.record()
-        assert record is not None
-        self._incarnation = record.incarnation + 1
         data_first, data_pages = self._ram.data_runs()
         with self._calling():
             prepared = self._stub.Prepare(
@@ -328,25 +328,33 @@ class Migration:
         began = time.monotonic()
         self._decide(handover.Event.BEGIN)
         hooks.reach("source.committing")
-        try:
-            start_ms = commit(self._stub, self.session_id, self._incarnation, self._account.say, self._ended)
-        except RevokedError:
-            self._decide(handover.Event.REVOKED)
-            raise
+        event, start_ms = self.handover.commit()
         now = time.monotonic()
+        self._decide(event)
+        self.handover.recorded()
+        match event:
+            case handover.Event.REVOKED:
+                raise RevokedError("the destination did not commit; the machine goes on here")
+            case handover.Event.DECLARED_HERE | handover.Event.DECLARED_THERE:
+                raise ResolvedError(f"an operator has declared that the {OWNERS[self._ownership]} owns the machine")
         result = self._account.result
         result.downtime.start = start_ms
         result.downtime.handover = (now - began) * 1000 - start_ms
         result.downtime_ms = (now - self._stopped_at) * 1000
         result.total_ms = (now - self._account.started_at) * 1000
-        self._decide(handover.Event.COMMITTED)
-        wait_until_started(self._stub, self.session_id, self._incarnation, self._account.say, self._ended)
+        self.handover.wait_until_started()
         self._account.say(f"the machine is at {self._address}")
 
     def _decide(self, event: handover.Event) -> None:
         state = handover.after(self._ownership, event)
         judged = self._request.verify != Verify.VERIFY_MODE_DEFERRED
-        self._machine.record(state, session_id=self.session_id, peer=self._address, judged=judged)
+        self._machine.record(
+            state,
+            session_id=self.session_id,
+            peer=self._address,
+            incarnation=handover.incarnation_after(event, self._incarnation - 1),
+            judged=judged,
+        )
         self._ownership = state
         self._account.result.owner = OWNERS[state]
 
@@ -372,7 +380,7 @@ class Migration:
 
     def _fail(self, error: Exception) -> None:
         result = self._account.result
-        # After REVOKED this host is the owner again.
+        # After REVOKED, or if an operator has said so, this host is the owner again.
         before_commit = self._ownership is Ownership.OWNER
         if before_commit and self._cancelled.is_set():
             error = CancelledError("cancelled by the operator")

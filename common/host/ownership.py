@@ -1,0 +1,87 @@
+"""What the ownership record means to a daemon: pure functions of what is on disk and of what runs.
+
+Who may do what before the record is written is the business of the two tables (source/handover.py and
+destination/handover.py); what follows from a record, after whatever has happened to daemon and machine, is here.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from common.machine.record import Ownership, Record
+
+__all__ = ["ARRIVED", "COMMITTED", "REVOKED", "Opening", "decision_of", "opening", "why_kept"]
+
+COMMITTED, REVOKED = "COMMITTED", "REVOKED"  #: how a session that came here was decided
+
+ARRIVED = (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF, Ownership.FORGOTTEN)
+"""Where the session in the record is one that came here; in the others it leaves."""
+
+
+class Opening(Enum):
+    """What a daemon that starts does about the machine in its record."""
+
+    BOOT = "boot"  #: start the machine that was described to it, from its image
+    HOLD = "hold"  #: take the process over as it is
+    ASK = "ask"  #: leave it as it is until its destination has said whose it is
+    TAKE_OVER = "take over"  #: it was committed to this host: start it, if the last daemon did not come to that
+    END = "end"  #: end the process; the rest is as if there were none
+    GIVE_BACK = "give back"  #: nothing of it has run here and nothing is left of it: revoke its session
+    LOST = "lost"  #: it was this host's, and nothing is left of it
+    NONE = "none"  #: start nothing
+
+
+def opening(known: Record | None, *, runs: bool, described: str | None) -> Opening:
+    """Return what to do at the start of a daemon.
+
+    `runs`: the machine's process is there. `described`: the name of the machine that the daemon was given, if any.
+    """
+    if known is None:
+        return Opening.BOOT if described is not None else Opening.NONE
+    match known.ownership:
+        case Ownership.OWNER if runs:
+            return Opening.HOLD
+        case Ownership.OWNER | Ownership.OFF | Ownership.FORGOTTEN:
+            if runs:
+                return Opening.END
+            return Opening.BOOT if described is not None else Opening.NONE
+        case Ownership.GONE if runs:
+            return Opening.HOLD
+        case Ownership.GONE | Ownership.RELEASED:
+            if runs:
+                return Opening.END
+            return Opening.BOOT if described not in (None, known.name) else Opening.NONE
+        case Ownership.COMMITTING:
+            return Opening.ASK
+        case Ownership.COMMITTED:
+            return Opening.TAKE_OVER if runs else Opening.GIVE_BACK
+        case Ownership.STARTING:
+            return Opening.TAKE_OVER if runs else Opening.LOST
+
+
+def decision_of(known: Record | None, session_id: str, decided: str | None) -> str | None:
+    """Return how a session that came here was decided: COMMITTED, REVOKED, or None if that is open.
+
+    A COMMIT is decided by the record already; `decided` is what was noted apart, for when the record has moved on.
+    """
+    if known is not None and known.session_id == session_id and known.ownership in ARRIVED:
+        return COMMITTED
+    return decided
+
+
+def why_kept(known: Record | None, *, state: str | None) -> str | None:
+    """Return why a machine must not be forgotten; None: it may.
+
+    `state` is the machine's, None if its process has ended.
+    """
+    match known.ownership if known is not None else None:
+        case None | Ownership.OFF | Ownership.FORGOTTEN:
+            return "nothing is kept here"
+        case Ownership.COMMITTING:
+            return "who owns it is not decided: switchover resolve"
+        case Ownership.GONE | Ownership.RELEASED:
+            return None
+        case Ownership.OWNER | Ownership.COMMITTED | Ownership.STARTING:
+            if state in (None, "failed"):
+                return None
+            return f"it is this host's, and {state}: switchover stop ends it"
