@@ -10,8 +10,9 @@ import grpc
 from switchover.v1 import migration_pb2, migration_pb2_grpc
 
 from common.host.host import Host
-from common.host.ownership import COMMITTED, REVOKED
+from common.host.ownership import COMMITTED, OPEN, REVOKED
 from common.ipc.channel import ClosedError, RequestError
+from common.logs import enter_session
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError
 from common.rpc.page_batch import parse
@@ -51,9 +52,9 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         _check_session_id(request.session_id)
         if request.lanes > MAX_LANES:
             raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"at most {MAX_LANES} lanes")
-        if self._host.decision(request.session_id) is not None:
+        if not self._host.is_new(request.session_id):
             raise RefusalError(
-                grpc.StatusCode.FAILED_PRECONDITION, "SESSION_ENDED", "this session has ended here; begin a new one"
+                grpc.StatusCode.FAILED_PRECONDITION, "SESSION_ENDED", "this session was here already; begin a new one"
             )
         if self._host.machine is not None:
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "HAS_MACHINE", "this host has a machine already")
@@ -67,6 +68,12 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
                 grpc.StatusCode.FAILED_PRECONDITION, "OLD_INCARNATION", "a later incarnation was here already"
             )
         self._host.begin_migration(request.session_id)
+        enter_session(request.session_id)
+        try:
+            self._host.decide(request.session_id, OPEN)
+        except BaseException:
+            self._host.end_migration()
+            raise
         with self._lock:
             if self._arrival is not None:
                 self._arrival.close()
@@ -154,6 +161,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Decide: what is not committed by now is revoked, on disk, before it is answered."""
         arrival = self._arrival
         if arrival is not None and arrival.session_id == request.session_id:
+            enter_session(request.session_id)
             try:
                 arrival.revoke("the source asked for a decision")
             except ValueError:
@@ -169,6 +177,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """End the session."""
         arrival = self._arrival
         if arrival is not None and arrival.session_id == request.session_id:
+            enter_session(request.session_id)
             try:
                 arrival.revoke(request.reason)
             except ValueError as error:
@@ -182,7 +191,12 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         arrival = self._arrival
         if arrival is None or arrival.session_id != session_id:
             raise RefusalError(grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no such session is known here")
+        enter_session(session_id)
         return arrival
+
+    def is_busy(self) -> bool:
+        """Return whether a migration runs; one that came is over when its source has closed its streams."""
+        return self._host.migrating or (self._arrival is not None and self._arrival.is_streaming)
 
     def close(self) -> None:
         """End an arrival that is not committed, in good order."""

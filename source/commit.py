@@ -19,6 +19,7 @@ from switchover.v1 import migration_pb2, migration_pb2_grpc
 
 from common.host.host import Host
 from common.ipc.channel import ClosedError, RequestError
+from common.logs import enter_session
 from common.machine import record
 from common.machine.record import Ownership, Record
 from common.rpc.channel import open_channel
@@ -209,6 +210,7 @@ class Settling:
 
     def _settle(self) -> None:
         known = self._known
+        enter_session(known.session_id)
         try:
             with self._channel:
                 event = self.handover.resolve()

@@ -22,6 +22,7 @@ from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_
 from common import hooks
 from common.host.host import Host
 from common.ipc.channel import ClosedError, RequestError
+from common.logs import enter_session
 from common.machine.attachments import without_attachments
 from common.machine.config import to_json
 from common.machine.record import Ownership
@@ -77,7 +78,9 @@ class Migration:
         self._history = History()
         self._cancelled = threading.Event()
         self._ownership = Ownership.OWNER
-        self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="migration")
+        self._pool = ThreadPoolExecutor(
+            max_workers=32, thread_name_prefix="migration", initializer=enter_session, initargs=(session_id,)
+        )
         self._open_streams: Streams | None = None
         self._verifier: Verifier | None = None
         self._held = ExitStack()
@@ -114,6 +117,8 @@ class Migration:
 
     def run(self) -> None:
         """Move the machine. Whatever fails, somebody owns it at the end, and the result says what happened."""
+        enter_session(self.session_id)
+        _log.info("migration", destination=self._address)
         try:
             self._setup()
             self._precopy()
@@ -240,6 +245,7 @@ class Migration:
         began = time.monotonic()
         stats = self._streams.lanes.send(pages, self._ram.data_runs(pages), number)
         self._account.round_sent(stats, time.monotonic() - began)
+        self._host.metrics.sent(stats.pages, stats.sent_bytes)
         return stats
 
     def _send_mappings(self) -> None:
@@ -251,7 +257,9 @@ class Migration:
         report = self._machine.sync()
         for source, words in report.sources.items():
             self._history.reported(number, source, words)
-            self._account.reported(source, bitmap.count(words))
+            pages = bitmap.count(words)
+            self._account.reported(source, pages)
+            self._host.metrics.dirty(source, pages)
         return report.union()
 
     def _look(self, number: int, stats: LaneStats) -> RoundFacts:
@@ -391,7 +399,7 @@ class Migration:
         result.ram.transferred_bytes = max(result.ram.transferred_bytes, self._account.meter.total_bytes)
         result.reason, result.error = explain(error, self._address)
         if result.reason == "INTERNAL":
-            _log.error("migration failed", session=self.session_id, exc_info=error)
+            _log.error("migration failed", exc_info=error)
         if before_commit:
             self._abort(result.error)
         elif isinstance(error, DataLossError) and not self._request.continue_on_mismatch:
@@ -440,6 +448,9 @@ class Migration:
         self._channel.close()
         self._machine.close()
         self._account.close()
+        result = self._account.result
+        self._host.metrics.ended(result)
+        _log.info("migration ended", result=result.result, owner=result.owner, reason=result.reason, error=result.error)
 
     # What every phase uses.
 

@@ -17,8 +17,9 @@ import structlog
 from switchover.v1 import host_pb2
 
 from common.host.events import Events
+from common.host.metrics import Metrics
 from common.host.network import Security
-from common.host.ownership import ARRIVED, COMMITTED, REVOKED, Opening, decision_of, opening, why_kept
+from common.host.ownership import ARRIVED, COMMITTED, REVOKED, Opening, decision_of, is_new, opening, why_kept
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import MachineClient
@@ -80,8 +81,10 @@ class Host:
             self._lock_file.close()
             raise HostError(f"{self.directory} is in use by another daemon; choose another --state-dir") from None
         self.events = Events()
+        self.metrics = Metrics()
         self.machine: MachineClient | None = None
         self.session_id = ""
+        self.ending = False  # no more migrations begin
         self._migrating = threading.Lock()
 
     @property
@@ -106,18 +109,24 @@ class Host:
         shutil.rmtree(self.directory / "run" / session_id, ignore_errors=True)
 
     def decide(self, session_id: str, decision: str) -> None:
-        """Make it durable, for as long as this host exists, how a session that came here ended."""
+        """Make it durable, for as long as this host exists, how a session that came here ended; OPEN: it has come."""
         directory = self.directory / "decisions"
         directory.mkdir(exist_ok=True, mode=0o700)
         record.write_durably(directory / session_id, decision)
 
     def decision(self, session_id: str) -> str | None:
         """Return how a session ended: COMMITTED, REVOKED, or None if that is open, or no such session came."""
+        return decision_of(self.record(), session_id, self._noted(session_id))
+
+    def is_new(self, session_id: str) -> bool:
+        """Return whether a session has never come here."""
+        return is_new(self.record(), session_id, self._noted(session_id))
+
+    def _noted(self, session_id: str) -> str | None:
         try:
-            decided = (self.directory / "decisions" / session_id).read_text()
+            return (self.directory / "decisions" / session_id).read_text()
         except FileNotFoundError:
-            decided = None
-        return decision_of(self.record(), session_id, decided)
+            return None
 
     def open_machine(self, spec: MachineSpec | None) -> str:
         """Find the machine that runs here, or start the one described; return a sentence that says which.
@@ -152,6 +161,8 @@ class Host:
             except RequestError as error:
                 return f"machine {known.name} is this host's, and does not run: {error}"
             machine.record(Ownership.OWNER, session_id=known.session_id)
+        else:
+            machine.end()  # the last daemon may have ended between a decision and what follows from it
         return f"machine {known.name} found {machine.describe().state}"
 
     def _find(self, known: Record) -> MachineClient | None:
@@ -169,8 +180,7 @@ class Host:
             return "no machine"
         match action:
             case Opening.GIVE_BACK:
-                self.decide(known.session_id, REVOKED)
-                self.record_path.unlink()
+                self.give_back(known.session_id)
                 return f"machine {known.name} was lost before it was started here; it goes on at its source"
             case Opening.LOST:
                 # Whatever is recorded here later: its source must not believe that it never ran here.
@@ -207,6 +217,12 @@ class Host:
         if machine is not None:
             machine.shutdown()
             shutil.rmtree(machine.directory, ignore_errors=True)
+
+    def give_back(self, session_id: str) -> None:
+        """Revoke the session of a machine that was committed to this host, and of which nothing has run, or is left."""
+        self.decide(session_id, REVOKED)
+        self.record_path.unlink()
+        self.machine = None
 
     def forget(self) -> None:
         """Let go of a machine that this host does not own, or that has failed, as if it had never been here.
@@ -267,7 +283,9 @@ class Host:
         return self._migrating.locked()
 
     def begin_migration(self, session_id: str) -> None:
-        """Claim this host for one migration; refuse if one runs."""
+        """Claim this host for one migration; refuse if one runs, or the daemon is about to end."""
+        if self.ending:
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "ENDING", "this daemon has been told to end")
         if not self._migrating.acquire(blocking=False):
             raise RefusalError(
                 grpc.StatusCode.ABORTED, "MIGRATION_RUNS", f"migration {self.session_id} runs here already"

@@ -29,12 +29,16 @@ class Security:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The operator's word on it: a directory as `common.rpc.tls` reads, and whose certificates may do what."""
+    """The operator's word on it: a directory as `common.rpc.tls` reads, and whose certificates may do what.
+
+    `metrics` is where Prometheus may ask, None: nowhere.
+    """
 
     listen: str
     tls: Path | None = None
     insecure: bool = False
     access: Access = ANYBODY
+    metrics: str | None = None
 
     def secure(self) -> Security:
         """Return credentials and rules; raise TlsError if files are wrong, or if anybody could reach the port."""
@@ -44,6 +48,8 @@ class Network:
             return Security(server_credentials(self.tls), channel_credentials(self.tls), self.access)
         if self.access != ANYBODY:
             raise TlsError("--allow-source and --allow-operator are names of certificates: give --tls DIRECTORY too")
+        if self.metrics is not None and _is_reached_by_others(self.metrics) and not self.insecure:
+            raise TlsError(f"{self.metrics} can be reached from other hosts: give --tls DIRECTORY, or say --insecure")
         if _is_reached_by_others(self.listen):
             if not self.insecure:
                 raise TlsError(

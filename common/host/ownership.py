@@ -10,9 +10,9 @@ from enum import Enum
 
 from common.machine.record import Ownership, Record
 
-__all__ = ["ARRIVED", "COMMITTED", "REVOKED", "Opening", "decision_of", "opening", "why_kept"]
+__all__ = ["ARRIVED", "COMMITTED", "OPEN", "REVOKED", "Opening", "decision_of", "is_new", "opening", "why_kept"]
 
-COMMITTED, REVOKED = "COMMITTED", "REVOKED"  #: how a session that came here was decided
+OPEN, COMMITTED, REVOKED = "OPEN", "COMMITTED", "REVOKED"  #: what is noted of a session that comes here
 
 ARRIVED = (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF, Ownership.FORGOTTEN)
 """Where the session in the record is one that came here; in the others it leaves."""
@@ -59,14 +59,23 @@ def opening(known: Record | None, *, runs: bool, described: str | None) -> Openi
             return Opening.TAKE_OVER if runs else Opening.LOST
 
 
-def decision_of(known: Record | None, session_id: str, decided: str | None) -> str | None:
+def decision_of(known: Record | None, session_id: str, noted: str | None) -> str | None:
     """Return how a session that came here was decided: COMMITTED, REVOKED, or None if that is open.
 
-    A COMMIT is decided by the record already; `decided` is what was noted apart, for when the record has moved on.
+    A COMMIT is decided by the record already; `noted` is what was noted apart, for when the record has moved on.
     """
     if known is not None and known.session_id == session_id and known.ownership in ARRIVED:
         return COMMITTED
-    return decided
+    return None if noted == OPEN else noted
+
+
+def is_new(known: Record | None, session_id: str, noted: str | None) -> bool:
+    """Return whether a session has never come here.
+
+    One that has, and of which the daemon remembers nothing, must not come again: a COMMIT of the first time may still
+    be on its way, and its source may know by now that it was not taken.
+    """
+    return noted is None and decision_of(known, session_id, noted) is None
 
 
 def why_kept(known: Record | None, *, state: str | None) -> str | None:

@@ -12,9 +12,26 @@ from common.ipc.channel import RequestError
 from common.machine.record import Ownership
 from common.rpc.errors import RefusalError
 
-__all__ = ["VERSION", "HostServicer"]
+__all__ = ["VERSION", "HostServicer", "look"]
 
 VERSION = "0.1.0"
+
+
+def look(host: Host) -> host_pb2.GetMachineResponse:
+    """Describe a daemon and its machine."""
+    machine = host.machine
+    record = host.record()
+    gone = record is not None and record.ownership in (Ownership.GONE, Ownership.RELEASED)
+    return host_pb2.GetMachineResponse(
+        role=host.role,
+        version=VERSION,
+        machine=machine.describe() if machine is not None else None,
+        session_id=host.session_id,
+        migrating=host.migrating,
+        gone_to=record.peer if gone and record is not None and not host.migrating else "",
+        ownership=record.ownership if record is not None else "",
+        peer=record.peer if record is not None else "",
+    )
 
 
 class HostServicer(host_pb2_grpc.HostServiceServicer):
@@ -27,20 +44,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         self, request: host_pb2.GetMachineRequest, context: grpc.ServicerContext
     ) -> host_pb2.GetMachineResponse:
         """Describe daemon and machine."""
-        host = self.host
-        machine = host.machine
-        record = host.record()
-        gone = record is not None and record.ownership in (Ownership.GONE, Ownership.RELEASED)
-        return host_pb2.GetMachineResponse(
-            role=host.role,
-            version=VERSION,
-            machine=machine.describe() if machine is not None else None,
-            session_id=host.session_id,
-            migrating=host.migrating,
-            gone_to=record.peer if gone and record is not None and not host.migrating else "",
-            ownership=record.ownership if record is not None else "",
-            peer=record.peer if record is not None else "",
-        )
+        return look(self.host)
 
     def Migrate(self, request: host_pb2.MigrateRequest, context: grpc.ServicerContext) -> host_pb2.MigrateResponse:
         """Refuse: only a source moves machines away."""

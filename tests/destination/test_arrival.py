@@ -16,9 +16,9 @@ import pytest
 from switchover.v1 import host_pb2
 from switchover.v1 import migration_pb2 as pb
 
-from common.host.host import COMMITTED as DECIDED_COMMITTED
-from common.host.host import REVOKED as DECIDED_REVOKED
 from common.host.host import Host
+from common.host.ownership import COMMITTED as DECIDED_COMMITTED
+from common.host.ownership import REVOKED as DECIDED_REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import Changes, DeviceConfig, DeviceInfo, MachineClient, MappingChange
@@ -662,6 +662,27 @@ def test_a_machine_that_is_ours_and_does_not_start_is_said_to(rig: Rig) -> None:
     rig.machine.refuses = set()
     assert rig.commit().state == STARTING and not rig.machine.did("take_over")
     assert refused(rig.abort).startswith("COMMITTED")
+
+
+def test_a_machine_that_is_lost_unstarted_is_given_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process ends between COMMITTED and STARTING: the source is told, and goes on; the next machine may come."""
+    rig.ready()
+    record_ = rig.machine.record
+
+    def dies(ownership: Ownership, **named: Any) -> None:
+        if ownership is Ownership.STARTING:
+            monkeypatch.setattr(rig.machine, "has_ended", lambda: True, raising=False)
+            raise ClosedError
+        record_(ownership, **named)
+        known = Record(UUID, "vm", INCARNATION, ownership, str(rig.machine.directory), SESSION)
+        record.write(rig.host.record_path, known)
+
+    monkeypatch.setattr(rig.machine, "record", dies, raising=False)
+    assert refused(rig.commit).startswith("NOT_STARTED")
+    assert rig.state() == REVOKED and rig.resolve() == REVOKED
+    assert refused(rig.commit).startswith("NOT_READY")
+    assert (rig.host.record(), rig.host.machine, rig.host.migrating) == (None, None, False)
+    assert rig.host.decision(SESSION) == DECIDED_REVOKED
 
 
 def test_a_start_that_was_not_begun_is_begun_by_the_next_commit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

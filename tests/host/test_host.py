@@ -16,7 +16,8 @@ from switchover.v1 import host_pb2
 from common.host import daemon
 from common.host import host as host_module
 from common.host.host import Host, HostError, default_state_dir
-from common.host.ownership import COMMITTED, REVOKED, why_kept
+from common.host.network import Network
+from common.host.ownership import COMMITTED, OPEN, REVOKED, why_kept
 from common.host.service import HostServicer
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
@@ -210,7 +211,7 @@ def test_what_devices_do_is_told_until_the_machine_ends(
 def test_a_machine_that_runs_is_found_again(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
     known(host, Ownership.OWNER)
     assert host.open_machine(spec) == "machine vm found running"
-    assert machine.told == []
+    assert machine.told == ["end"]
 
 
 @pytest.mark.parametrize("described", [False, True])
@@ -229,7 +230,7 @@ def test_a_machine_that_is_there_is_held_and_left_as_it_is(
     known(host, ownership)
     before = host.record()
     assert host.open_machine(spec if described else None) == said
-    assert machine.told == [] and host.record() == before
+    assert machine.told == (["end"] if ownership is Ownership.OWNER else []) and host.record() == before
     assert cast("FakeMachine", host.require_machine()) is machine
 
 
@@ -412,6 +413,21 @@ def test_decisions_are_remembered(host: Host) -> None:
     assert (host.decision("5e55"), host.decision("0c0"), host.decision("a")) == (REVOKED, COMMITTED, None)
 
 
+def test_a_session_comes_once(host: Host) -> None:
+    assert host.is_new("5e55")
+    host.decide("5e55", OPEN)
+    assert not host.is_new("5e55") and host.decision("5e55") is None
+    known(host, Ownership.OWNER, session_id="0c0")
+    assert not host.is_new("0c0") and host.is_new("a")
+
+
+def test_what_was_committed_and_lost_unstarted_is_given_back(host: Host, machine: FakeMachine) -> None:
+    known(host, Ownership.COMMITTED)
+    host.adopt(cast("MachineClient", machine))
+    host.give_back("5e55")
+    assert (host.machine, host.record(), host.decision("5e55")) == (None, None, REVOKED)
+
+
 @pytest.mark.parametrize("ownership", Ownership)
 def test_what_the_record_says_of_a_session_that_came_here(host: Host, ownership: Ownership) -> None:
     """COMMITTING, GONE and RELEASED are of a session that leaves."""
@@ -581,7 +597,7 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> dict[int, Callable[..., None]]:
 
 
 def serve(host: Host, opening: Callable[[], str], closing: Callable[[], None], listen: str = "127.0.0.1:0") -> int:
-    return daemon.serve(host, listen, lambda _: None, [], opening=opening, closing=closing)
+    return daemon.serve(host, Network(listen), lambda _: None, [], opening=opening, closing=closing)
 
 
 def test_a_daemon_serves_until_a_signal(
