@@ -80,8 +80,8 @@ class Arrival:
 
     # setup
 
-    def prepare(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
-        """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING."""
+    def prepare(self, request: migration_pb2.PrepareRequest) -> list[migration_pb2.PreparedDevice]:
+        """Build the machine, empty RAM, already touched where data will come, and devices in RESUMING; return those."""
         _log.info("arrival", machine=request.machine_uuid, incarnation=request.incarnation)
         spec = _find_devices(_describe(request), self._host)
         _check_memory(sum(request.data_pages) * PAGE_SIZE)
@@ -107,17 +107,14 @@ class Arrival:
                 self._take_down()
             self._expect(handover.PREPARING)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
-        return migration_pb2.PrepareResponse(
-            protocol_version=request.protocol_version,
-            devices=[
-                migration_pb2.PreparedDevice(
-                    name=device.name,
-                    migration_flags=device.migration_flags,
-                    comparable_dump=device.comparable_dump,
-                )
-                for device in machine.devices()
-            ],
-        )
+        return [
+            migration_pb2.PreparedDevice(
+                name=device.name,
+                migration_flags=device.migration_flags,
+                comparable_dump=device.comparable_dump,
+            )
+            for device in machine.devices()
+        ]
 
     # precopy and switchover: three kinds of streams, side by side
 

@@ -16,12 +16,12 @@ from common.logs import enter_session
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError
 from common.rpc.page_batch import parse
+from common.rpc.versions import HIGHEST, LOWEST, choose, shared
 from destination import handover
 from destination.migration import Arrival
 
-__all__ = ["PROTOCOL_VERSIONS", "MigrationServicer", "register"]
+__all__ = ["MigrationServicer", "register"]
 
-PROTOCOL_VERSIONS = (1,)
 MAX_LANES = 16
 SERVICE = "switchover.v1.MigrationService"
 
@@ -42,12 +42,14 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         self, request: migration_pb2.PrepareRequest, context: grpc.ServicerContext
     ) -> migration_pb2.PrepareResponse:
         """Open a session."""
-        if request.protocol_version not in PROTOCOL_VERSIONS:
-            known = ", ".join(map(str, PROTOCOL_VERSIONS))
+        version = choose(request.protocol_version, request.highest_protocol_version)
+        if version is None:
+            highest = max(request.protocol_version, request.highest_protocol_version)
             raise RefusalError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "PROTOCOL_VERSION",
-                f"the source speaks protocol {request.protocol_version}, this destination {known}",
+                f"the source speaks protocol {request.protocol_version} to {highest}, this destination {LOWEST} to "
+                f"{HIGHEST}",
             )
         _check_session_id(request.session_id)
         if request.lanes > MAX_LANES:
@@ -79,10 +81,13 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
                 self._arrival.close()
             self._arrival = arrival = Arrival(self._host, request)
         try:
-            return arrival.prepare(request)
+            devices = arrival.prepare(request)
         except BaseException as error:
             arrival.revoke(f"it could not be prepared: {error}")
             raise
+        return migration_pb2.PrepareResponse(
+            protocol_version=version, devices=devices, features=shared(request.features)
+        )
 
     def ReadClock(
         self, request: migration_pb2.ReadClockRequest, context: grpc.ServicerContext

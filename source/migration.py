@@ -28,8 +28,9 @@ from common.machine.config import to_json
 from common.machine.record import Ownership
 from common.memory import bitmap, runs
 from common.memory.bitmap import Words
+from common.rpc import versions
 from common.rpc.channel import open_bulk_channel, open_channel
-from common.rpc.errors import peer_error
+from common.rpc.errors import PeerError, peer_error
 from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
@@ -43,9 +44,8 @@ from source.streams import Streams
 from source.verdict import DataLossError
 from source.verifier import Verifier
 
-__all__ = ["PROTOCOL_VERSION", "Migration"]
+__all__ = ["Migration"]
 
-PROTOCOL_VERSION = 1
 CALL_SECONDS = 20.0
 # Prepare touches all RAM, Finish loads all devices, Verify reads all RAM.
 LONG_CALL_SECONDS, LONG_CALL_SECONDS_PER_GIB = 120.0, 2.0
@@ -150,7 +150,9 @@ class Migration:
             prepared = self._stub.Prepare(
                 migration_pb2.PrepareRequest(
                     session_id=self.session_id,
-                    protocol_version=PROTOCOL_VERSION,
+                    protocol_version=versions.LOWEST,
+                    highest_protocol_version=versions.HIGHEST,
+                    features=sorted(versions.FEATURES),
                     machine_uuid=spec.uuid or "",
                     incarnation=self._incarnation,
                     machine_json=to_json(without_attachments(spec)),
@@ -162,6 +164,7 @@ class Migration:
                 timeout=self._long_call_s,
             )
             self._prepared = True
+        self._agree(prepared)
         self._check()
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()
@@ -179,6 +182,20 @@ class Migration:
         )
         self._check()
         self._send_mappings()
+
+    def _agree(self, prepared: migration_pb2.PrepareResponse) -> None:
+        """Take what the destination has chosen of what it was offered; refuse anything else."""
+        version = prepared.protocol_version
+        unknown = set(prepared.features) - versions.FEATURES
+        if not versions.LOWEST <= version <= versions.HIGHEST or unknown:
+            chosen = f"protocol {version}" if not unknown else f"features {', '.join(sorted(unknown))}"
+            raise PeerError(
+                "PROTOCOL_VERSION",
+                f"has chosen {chosen}, which it was not offered",
+                grpc.StatusCode.FAILED_PRECONDITION,
+            )
+        self.features = frozenset(prepared.features)
+        _log.info("agreed", protocol=version, features=sorted(self.features))
 
     @property
     def _streams(self) -> Streams:

@@ -28,6 +28,7 @@ from common.machine.record import Ownership, Record
 from common.memory.layout import PAGE_SIZE
 from common.memory.pages import Encoding, PageBatch
 from common.memory.ram import GuestRam
+from common.rpc import versions
 from common.rpc.errors import RefusalError
 from common.rpc.page_batch import serialize
 from destination import migration as arrival_module
@@ -268,7 +269,7 @@ def test_prepare_builds_a_machine_that_waits(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"protocol_version": 2}, "PROTOCOL_VERSION: the source speaks protocol 2, this destination 1"),
+        ({"protocol_version": 2}, "PROTOCOL_VERSION: the source speaks protocol 2 to 2, this destination 1 to 1"),
         ({"protocol_version": 0}, "PROTOCOL_VERSION"),
         ({"session_id": ""}, "BAD_REQUEST: the session's name"),
         ({"session_id": "../evil"}, "BAD_REQUEST: the session's name"),
@@ -595,6 +596,22 @@ def test_nothing_is_compared_once_its_machine_has_settled(rig: Rig) -> None:
     assert refused(lambda: verify(rig)) == "NOT_READ: nothing has been read back"
     (verifier,) = FakeVerifier.made
     assert verifier.calls == ["read_all", "close"]
+
+
+# versions
+
+
+def test_a_source_of_before_there_were_ranges_and_features(rig: Rig) -> None:
+    """It names one version and nothing else, and is answered in fields that it knows."""
+    answer = rig.prepare()
+    assert (answer.protocol_version, list(answer.features)) == (1, [])
+
+
+def test_the_highest_version_and_the_features_that_both_have(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "HIGHEST", 3)
+    monkeypatch.setattr(versions, "FEATURES", frozenset({"b", "c", "d"}))
+    answer = rig.prepare(protocol_version=1, highest_protocol_version=4, features=["d", "a", "b"])
+    assert (answer.protocol_version, list(answer.features)) == (3, ["b", "d"])
 
 
 # handover

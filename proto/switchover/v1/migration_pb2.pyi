@@ -174,10 +174,12 @@ class PrepareRequest(_message.Message):
     DATA_PAGES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    HIGHEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Unique for this attempt."""
     protocol_version: _builtins.int
-    """The protocol that the source speaks; a destination refuses one that it does not."""
+    """The lowest protocol that the source speaks; a destination refuses a source with which it has none in common."""
     machine_uuid: _builtins.str
     """The machine's UUID."""
     incarnation: _builtins.int
@@ -188,6 +190,8 @@ class PrepareRequest(_message.Message):
     """How many page lanes the source will open, 1 to 16; 0: one."""
     verify: Global___VerifyMode.ValueType
     """How RAM and devices will be verified, so that the destination reads back what is settled early."""
+    highest_protocol_version: _builtins.int
+    """The highest protocol that the source speaks, and every one between; 0: the lowest only."""
     @_builtins.property
     def data_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First pages of the runs of RAM that hold data now, for touching memory early."""
@@ -195,6 +199,10 @@ class PrepareRequest(_message.Message):
     @_builtins.property
     def data_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Lengths of those runs, in pages."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the source can do beyond the protocol, by name (docs/protocol.md)."""
 
     def __init__(
         self,
@@ -208,10 +216,12 @@ class PrepareRequest(_message.Message):
         data_pages: _abc.Iterable[_builtins.int] | None = ...,
         lanes: _builtins.int = ...,
         verify: Global___VerifyMode.ValueType = ...,
+        highest_protocol_version: _builtins.int = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "incarnation", b"incarnation", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "features", b"features", "highest_protocol_version", b"highest_protocol_version", "incarnation", b"incarnation", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,21 +235,27 @@ class PrepareResponse(_message.Message):
 
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """The protocol that will be spoken."""
+    """The protocol that will be spoken: the highest that both do."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparedDevice]:
         """The devices of the machine as the destination has them."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the source's features those that the destination has too: what may be used."""
 
     def __init__(
         self,
         *,
         protocol_version: _builtins.int = ...,
         devices: _abc.Iterable[Global___PreparedDevice] | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "features", b"features", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
