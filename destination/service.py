@@ -73,6 +73,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         enter_session(request.session_id)
         try:
             self._host.decide(request.session_id, OPEN)
+            self._host.set_aside()
         except BaseException:
             self._host.end_migration()
             raise

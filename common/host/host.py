@@ -135,12 +135,16 @@ class Host:
         second time here, and one whose handover is not decided stands still until it is.
         """
         known = self.record()
+        described = spec.name if spec is not None else None
+        left_to = self._left_to(described)
         machine = self._find(known) if known is not None else None
-        action = opening(known, runs=machine is not None, described=spec.name if spec is not None else None)
+        action = opening(known, runs=machine is not None, described=described, left=left_to is not None)
         if machine is not None and action is Opening.END:
             machine.shutdown()  # the daemon ended before it did
             machine = None
-            action = opening(known, runs=False, described=spec.name if spec is not None else None)
+            action = opening(known, runs=False, described=described, left=left_to is not None)
+        if action is Opening.NONE and left_to is not None and (known is None or known.name != described):
+            return f"machine {described} is not started: it has moved to {left_to} ({self._left_path(described)})"
         if known is None or machine is None:
             return self._without_process(known, spec, action)
         if spec is not None and spec.name != known.name:
@@ -210,6 +214,8 @@ class Host:
         """Record that the machine is not needed here any more (RELEASED, OFF or FORGOTTEN), and let it go."""
         known = self.record()
         if known is not None:
+            if ownership is not Ownership.RELEASED:
+                self._left_path(known.name).unlink(missing_ok=True)  # it has come back since
             # A session that has left from here is not taken for one that came.
             session_id = known.session_id if ownership is Ownership.RELEASED or known.ownership in ARRIVED else ""
             record.write(self.record_path, replace(known, ownership=ownership, session_id=session_id))
@@ -217,6 +223,23 @@ class Host:
         if machine is not None:
             machine.shutdown()
             shutil.rmtree(machine.directory, ignore_errors=True)
+
+    def set_aside(self) -> None:
+        """Note of a machine that has left where it went, before another machine's record takes the place of its own."""
+        known = self.record()
+        if known is not None and known.ownership in (Ownership.GONE, Ownership.RELEASED):
+            self._left_path(known.name).parent.mkdir(exist_ok=True, mode=0o700)
+            record.write_durably(self._left_path(known.name), known.peer)
+
+    def _left_path(self, name: str | None) -> Path:
+        return self.directory / "left" / f"{name}"
+
+    def _left_to(self, name: str | None) -> str | None:
+        """Return where a machine went that has left before the one in the record came; None: it has not."""
+        try:
+            return self._left_path(name).read_text() if name is not None else None
+        except FileNotFoundError:
+            return None
 
     def give_back(self, session_id: str) -> None:
         """Revoke the session of a machine that was committed to this host, and of which nothing has run, or is left."""
@@ -240,6 +263,7 @@ class Host:
         self.release(Ownership.FORGOTTEN)
 
     def _boot(self, spec: MachineSpec, incarnation: int) -> str:
+        self.set_aside()
         uuid = spec.uuid or str(uuid4())
         directory = self.run_directory("boot")
         self.machine = launch(replace(spec, uuid=uuid), directory, self.record_path, incarnation=incarnation)

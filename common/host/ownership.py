@@ -31,11 +31,14 @@ class Opening(Enum):
     NONE = "none"  #: start nothing
 
 
-def opening(known: Record | None, *, runs: bool, described: str | None) -> Opening:
+def opening(known: Record | None, *, runs: bool, described: str | None, left: bool = False) -> Opening:
     """Return what to do at the start of a daemon.
 
     `runs`: the machine's process is there. `described`: the name of the machine that the daemon was given, if any.
+    `left`: that one has left here, and since then another machine was here, of which the record is.
     """
+    if left and described is not None and (known is None or known.name != described):
+        described = None
     if known is None:
         return Opening.BOOT if described is not None else Opening.NONE
     match known.ownership:

@@ -281,6 +281,25 @@ def test_a_host_that_a_machine_has_left_starts_another(
     assert lost.told == ["launched vm 1", "record OWNER", "resume"]
 
 
+@pytest.mark.parametrize("ownership", [None, *Ownership])
+def test_a_machine_that_has_left_is_not_started_whoever_was_here_since(
+    host: Host, spec: MachineSpec, lost: FakeMachine, ownership: Ownership | None
+) -> None:
+    known(host, Ownership.GONE)
+    host.set_aside()
+    if ownership is None:
+        host.record_path.unlink()
+    else:
+        known(host, ownership, name="other", peer="c:1")
+    host.open_machine(spec)
+    assert host.machine is None and lost.told == []
+    # It came back, and was ended here: now it may be started.
+    known(host, Ownership.OWNER)
+    host.release(Ownership.OFF)
+    known(host, Ownership.OFF, name="other")
+    assert host.open_machine(spec) == "machine vm started"
+
+
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize(
     ("ownership", "said"),
