@@ -34,7 +34,6 @@ class SourceServicer(HostServicer):
         self._migration: Migration | None = None
         self._thread: threading.Thread | None = None
         self._settling: Settling | None = None
-        self._ended = False
 
     def open_machine(self, spec: MachineSpec | None) -> str:
         """Find or start the host's machine, and finish a handover that an earlier daemon has left undecided."""
@@ -74,7 +73,7 @@ class SourceServicer(HostServicer):
             migration.run()
         finally:
             self.host.end_migration()
-            if not self._ended:
+            if not self.host.ending:
                 self._settle()
 
     def Cancel(self, request: host_pb2.CancelRequest, context: grpc.ServicerContext) -> host_pb2.CancelResponse:
@@ -105,7 +104,6 @@ class SourceServicer(HostServicer):
 
     def close(self) -> None:
         """End a migration that runs, in good order: the machine goes on here, is the destination's, or is asked for."""
-        self._ended = True
         if self._migration is not None:
             self._migration.abandon()
         if self._thread is not None:

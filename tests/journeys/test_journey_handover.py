@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from rig import Daemon, Rig, machine_toml, switchover, wait_for
 from test_journey_localhost import goes_on
 
@@ -138,6 +139,7 @@ def test_the_operator_says_that_the_machine_is_there(rig: Rig, image: Path) -> N
     goes_on(source)
 
 
+@pytest.mark.matrix
 def test_a_destination_that_comes_back_is_not_the_owner_of_a_machine_that_was_declared(rig: Rig, image: Path) -> None:
     """All was lost there but its record: what it was offered is not taken for new, and it takes the machine again."""
     source = rig.start("source", machine_toml(image=image))
