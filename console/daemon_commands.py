@@ -53,6 +53,10 @@ AllowOperator = Annotated[
         parser=parse_names, metavar="NAME,…", help="Names in certificates that may move, pause or stop machines."
     ),
 ]
+LanePort = Annotated[
+    int,
+    typer.Option(min=0, max=65_535, help="Port for page lanes of the kind tcp; 0: a free one for each migration."),
+]
 Devices = Annotated[
     str | None,
     typer.Option(metavar="KIND,…", help="Kinds of devices that machines which come here may have; default: all."),
@@ -128,6 +132,7 @@ def destination(
     *,
     listen: Listen = DEFAULT_LISTEN,
     state_dir: StateDir = None,
+    lane_port: LanePort = 0,
     devices: Devices = None,
     device_sockets: DeviceSockets = None,
     device_file: DeviceFile = None,
@@ -144,7 +149,8 @@ def destination(
     from common.rpc.access import Access
     from destination.daemon import run
 
-    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator), metrics=metrics)
+    access = Access(allow_source, allow_operator)
+    network = Network(listen, tls, insecure=insecure, access=access, metrics=metrics, lane_port=lane_port)
     return run(
         network,
         state_dir,
@@ -159,6 +165,7 @@ def host(
     listen: Listen = DEFAULT_LISTEN,
     machine: MachineFile = None,
     state_dir: StateDir = None,
+    lane_port: LanePort = 0,
     devices: Devices = None,
     device_sockets: DeviceSockets = None,
     device_file: DeviceFile = None,
@@ -175,7 +182,8 @@ def host(
     from common.rpc.access import Access
     from console.host import run
 
-    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator), metrics=metrics)
+    access = Access(allow_source, allow_operator)
+    network = Network(listen, tls, insecure=insecure, access=access, metrics=metrics, lane_port=lane_port)
     return run(
         network,
         machine,

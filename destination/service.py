@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import TypeVar
 
 import grpc
+import structlog
 from switchover.v1 import migration_pb2, migration_pb2_grpc
 
 from common.host.host import Host
-from common.host.ownership import COMMITTED, OPEN, REVOKED
+from common.host.ownership import ARRIVED, COMMITTED, OPEN, REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.logs import enter_session
 from common.memory.pages import PageBatch
@@ -22,8 +24,12 @@ from destination.migration import Arrival
 
 __all__ = ["MigrationServicer", "register"]
 
+_log = structlog.get_logger()
+
 MAX_LANES = 16
 SERVICE = "switchover.v1.MigrationService"
+
+Response = TypeVar("Response")
 
 
 # What a session is of which only the decision is known: a daemon that starts again starts what was committed to it.
@@ -33,8 +39,10 @@ _DECIDED = {COMMITTED: handover.RUNNING, REVOKED: handover.REVOKED, None: handov
 class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     """One machine arrives at a time; the last session is kept, so that it can be asked about."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, lane_listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        """`lane_listen`: host and port for TCP page lanes; port 0: a free one for each session."""
         self._host = host
+        self._lane_listen = lane_listen
         self._arrival: Arrival | None = None
         self._lock = threading.Lock()
 
@@ -80,15 +88,15 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         with self._lock:
             if self._arrival is not None:
                 self._arrival.close()
-            self._arrival = arrival = Arrival(self._host, request)
+            self._arrival = arrival = Arrival(self._host, request, self._lane_listen)
         try:
-            devices = arrival.prepare(request)
+            prepared = arrival.prepare(request)
         except BaseException as error:
             arrival.revoke(f"it could not be prepared: {error}")
             raise
-        return migration_pb2.PrepareResponse(
-            protocol_version=version, devices=devices, features=shared(request.features)
-        )
+        prepared.protocol_version = version
+        prepared.features.extend(shared(request.features))
+        return prepared
 
     def ReadClock(
         self, request: migration_pb2.ReadClockRequest, context: grpc.ServicerContext
@@ -102,10 +110,10 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a lane's batches (which arrive as bytes: see `register`)."""
         arrival = self._of_stream(context)
         lane = _metadata(context, "lane")
-        if not lane.isdecimal():
+        if not (lane.isascii() and lane.isdecimal() and len(lane) <= 4):
             raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"no lane number: {lane!r}")
         batches = (_parse(message) for message in request_iterator)
-        yield from arrival.streaming(lambda: arrival.apply_pages(int(lane), batches), context)
+        yield from _streaming(arrival, f"lane {lane}", arrival.apply_pages(int(lane), batches), context)
 
     def SendDeviceState(
         self, request_iterator: Iterator[migration_pb2.SendDeviceStateRequest], context: grpc.ServicerContext
@@ -113,14 +121,15 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a device's records."""
         arrival = self._of_stream(context)
         name = _metadata(context, "device")
-        yield from arrival.streaming(lambda: arrival.apply_device_state(name, request_iterator), context)
+        records = arrival.apply_device_state(name, request_iterator)
+        yield from _streaming(arrival, f"device {name}", records, context)
 
     def SendMappings(
         self, request_iterator: Iterator[migration_pb2.SendMappingsRequest], context: grpc.ServicerContext
     ) -> Iterator[migration_pb2.SendMappingsResponse]:
         """Apply mapping changes."""
         arrival = self._of_stream(context)
-        yield from arrival.streaming(lambda: arrival.apply_mappings(request_iterator), context)
+        yield from _streaming(arrival, "mappings", arrival.apply_mappings(request_iterator), context)
 
     def Finish(
         self, request: migration_pb2.FinishRequest, context: grpc.ServicerContext
@@ -142,6 +151,18 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     ) -> migration_pb2.CommitResponse:
         """Take the machine over."""
         return self._of(request.session_id).commit(request)
+
+    def Halt(self, request: migration_pb2.HaltRequest, context: grpc.ServicerContext) -> migration_pb2.HaltResponse:
+        """Pause the machine that this session has brought, also if another daemon of this host has served it then."""
+        record = self._host.record()
+        if record is None or record.session_id != request.session_id or record.ownership not in ARRIVED:
+            raise RefusalError(
+                grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no machine is here that such a session brought"
+            )
+        _log.error("machine halted by its source", session=request.session_id, reason=request.reason)
+        self._host.require_machine().pause()
+        self._host.events.publish(request.session_id, machine_state="paused")
+        return migration_pb2.HaltResponse()
 
     def GetSession(
         self, request: migration_pb2.GetSessionRequest, context: grpc.ServicerContext
@@ -223,6 +244,17 @@ def register(servicer: MigrationServicer, server: grpc.Server) -> None:
     )
     # What is registered later under the same name is what is found.
     server.add_registered_method_handlers(SERVICE, {"SendPages": pages})
+
+
+def _streaming(
+    arrival: Arrival, name: str, answers: Iterator[Response], context: grpc.ServicerContext
+) -> Iterator[Response]:
+    try:
+        with arrival.streaming(name):
+            yield from answers
+    finally:
+        if not context.is_active():
+            arrival.lose("the source is gone")
 
 
 def _parse(message: object) -> PageBatch:

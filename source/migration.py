@@ -7,17 +7,19 @@ happened. What is behind COMMIT cannot, and only the destination's word leads pa
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 import structlog
-from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
+from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
 from common import hooks
 from common.host.host import Host
@@ -35,12 +37,15 @@ from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
 from source.commit import Handover, ResolvedError, RevokedError
+from source.counterparts import check_counterparts
 from source.failures import CancelledError, NotConvergedError, explain
+from source.grpc_lane import GrpcLane
 from source.history import History
-from source.lanes import LaneStats
+from source.lanes import LaneStats, PageLane
 from source.limiter import Limiter
 from source.policy import Action, Limits, RoundFacts, decide
 from source.streams import Streams
+from source.tcp_lane import LanePort, TcpLane
 from source.verdict import DataLossError
 from source.verifier import Verifier
 
@@ -54,7 +59,10 @@ WAIT_SECONDS = 0.02
 OWNERS = {Ownership.OWNER: "source", Ownership.COMMITTING: "undecided", Ownership.GONE: "destination"}
 
 _log = structlog.get_logger()
+LaneKind = migration_pb2.LaneKind
 Verify = migration_pb2.VerifyMode
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 class Migration:
@@ -85,6 +93,7 @@ class Migration:
         self._verifier: Verifier | None = None
         self._held = ExitStack()
         self._prepared = False
+        self._call: grpc.Future[Any] | None = None
         self._machine = host.machine.another()
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
@@ -107,6 +116,8 @@ class Migration:
     def _interrupt(self, failure: Exception) -> None:
         """Let whoever sends or waits for the destination fail."""
         self._limiter.lift()
+        if self._call is not None:
+            self._call.cancel()
         if self._open_streams is not None:
             self._open_streams.interrupt(failure)
 
@@ -146,8 +157,10 @@ class Migration:
         if self._request.verify != Verify.VERIFY_MODE_OFF:
             self._verifier = Verifier(self._ram, machine, self._pool)
         data_first, data_pages = self._ram.data_runs()
+        mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
         with self._calling():
-            prepared = self._stub.Prepare(
+            prepared = self._answer(
+                self._stub.Prepare,
                 migration_pb2.PrepareRequest(
                     session_id=self.session_id,
                     protocol_version=versions.LOWEST,
@@ -160,17 +173,22 @@ class Migration:
                     data_pages=data_pages.tolist(),
                     lanes=self._request.lanes,
                     verify=self._request.verify,
+                    lane_kind=self._request.lane_kind,
                 ),
-                timeout=self._long_call_s,
+                self._long_call_s,
             )
             self._prepared = True
         self._agree(prepared)
+        check_counterparts(devices, prepared.devices)
+        mapping.result()
         self._check()
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()
+        open_bulk = partial(open_bulk_channel, self._address, self._host.security.channel)
         self._open_streams = Streams(
             self._stub,
-            partial(open_bulk_channel, self._address, self._host.security.channel),
+            open_bulk,
+            self._lane_opener(prepared, open_bulk),
             self.session_id,
             self._request,
             machine,
@@ -178,7 +196,6 @@ class Migration:
             devices,
             {device.name: device.migration_flags for device in prepared.devices},
             self._limiter,
-            self._account.meter.applied,
         )
         self._check()
         self._send_mappings()
@@ -196,6 +213,19 @@ class Migration:
             )
         self.features = frozenset(prepared.features)
         _log.info("agreed", protocol=version, features=sorted(self.features))
+
+    def _lane_opener(
+        self, prepared: migration_pb2.PrepareResponse, open_bulk: Callable[[], grpc.Channel]
+    ) -> Callable[[int], PageLane]:
+        """Return what opens the page lane of a number."""
+        applied = self._account.meter.applied
+        if self._request.lane_kind != LaneKind.LANE_KIND_TCP:
+            return lambda number: GrpcLane(open_bulk, self.session_id, number, self._limiter, applied)
+        if len(prepared.lane_tokens) != self._request.lanes:
+            raise ConnectionError(f"{self._address} takes no page lanes of the kind tcp")
+        host = self._address.rpartition(":")[0].strip("[]")
+        port = LanePort(host, prepared.lane_port, self._host.security.lane_client)
+        return lambda number: TcpLane(port, prepared.lane_tokens[number], self._limiter, applied)
 
     @property
     def _streams(self) -> Streams:
@@ -297,7 +327,7 @@ class Migration:
         # Now, and not in setup: two clocks drift apart by a downtime in an hour or so.
         with self._calling():
             self._clock = measure(
-                lambda: self._stub.ReadClock(migration_pb2.ReadClockRequest(), timeout=CALL_SECONDS).monotonic_ns
+                lambda: self._answer(self._stub.ReadClock, migration_pb2.ReadClockRequest(), CALL_SECONDS).monotonic_ns
             )
         for stream in self._streams.devices:
             stream.end_precopy()
@@ -336,12 +366,12 @@ class Migration:
         rest.vcpu["clock_offset_ns"] -= self._clock.offset_ns
         request = self._streams.finish_request(self.session_id, rest, paused=not self._running)
         with self._calling():
-            self._stub.Finish(request, timeout=self._long_call_s)
+            self._answer(self._stub.Finish, request, self._long_call_s)
 
     def _compare(self, verifier: Verifier) -> None:
         request = verifier.read(self.session_id, [stream.device.name for stream in self._streams.devices])
         with self._calling():
-            response = self._stub.Verify(request, timeout=self._long_call_s)
+            response = self._answer(self._stub.Verify, request, self._long_call_s)
         verifier.judge(response, self._history, self._account.result)
 
     # handover: the record first, then COMMIT, and from then on only the destination's word counts.
@@ -420,7 +450,7 @@ class Migration:
         if before_commit:
             self._abort(result.error)
         elif isinstance(error, DataLossError) and not self._request.continue_on_mismatch:
-            self._pause_there()
+            self._halt(result.error)
 
     def _abort(self, why: str) -> None:
         """Undo everything: afterwards the machine runs here as if nothing had happened."""
@@ -442,10 +472,11 @@ class Migration:
             except grpc.RpcError as error:
                 _log.warning("the destination could not be told", message=str(peer_error(error)))
 
-    def _pause_there(self) -> None:
+    def _halt(self, why: str) -> None:
         """Pause a machine that runs at the destination with memory that differs; its copy here is kept."""
+        request = migration_pb2.HaltRequest(session_id=self.session_id, reason=why)
         try:
-            host_pb2_grpc.HostServiceStub(self._channel).Pause(host_pb2.PauseRequest(), timeout=CALL_SECONDS)
+            self._stub.Halt(request, timeout=CALL_SECONDS)
         except grpc.RpcError as error:
             _log.error("the machine could not be paused at the destination", message=str(peer_error(error)))
         else:
@@ -461,6 +492,7 @@ class Migration:
         if self._verifier is not None:
             self._verifier.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        gc.collect()  # a failure knows the frames that it came through, and they know views that would keep RAM mapped
         self._held.close()
         self._channel.close()
         self._machine.close()
@@ -482,3 +514,14 @@ class Migration:
             yield
         except grpc.RpcError as error:
             raise peer_error(error) from error
+        except grpc.FutureCancelledError:
+            raise CancelledError("cancelled by the operator") from None
+
+    def _answer(self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float) -> Answer:
+        """Ask the destination; wait for as long, or until `cancel`."""
+        self._call = ask.future(request, timeout=seconds)
+        if self._ownership is Ownership.OWNER:
+            self._check()
+        answer = self._call.result()
+        self._call = None
+        return answer

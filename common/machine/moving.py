@@ -17,6 +17,7 @@ import structlog
 
 from common.iommu.container import Container
 from common.machine.device import Pending
+from common.machine.fields import shown
 from common.machine.machine import Machine
 from common.memory.bitmap import DirtyBitmap, Words
 from common.memory.layout import PAGE_SIZE
@@ -112,14 +113,12 @@ class Leaving:
 
     def rest(self) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Pending]]:
         """Return vCPU state, config spaces, and what was pending, which is taken out of the eventfds."""
-        devices = self._machine.devices
+        devices, pending = self._machine.devices, self._machine.pending
         configs = {name: device.config_space() for name, device in devices.items()}
-        # A machine that came paused has not signalled yet what was pending when it came.
-        pending = {
-            name: device.drain() | self._machine.pending.get(name, Pending()) for name, device in devices.items()
-        }
-        self._machine.pending = pending
-        return self._machine.vcpus.state_out(), configs, pending
+        for name, device in devices.items():
+            # A machine that came paused has not signalled yet what was pending when it came.
+            pending[name] = device.drain() | pending.get(name, Pending())
+        return self._machine.vcpus.state_out(), configs, dict(pending)
 
     def could_have_written(self, page: int) -> list[str]:
         """Return who could have written a page by DMA while it was tracked, and how that was tracked.
@@ -232,7 +231,9 @@ class Arriving:
         self._machine.enter(device, DeviceState.RESUMING)
 
     def change_mappings(self, removed: Sequence[Sequence[Any]], added: Sequence[Sequence[Any]]) -> None:
-        """Change mappings in vIOMMU and devices."""
+        """Change mappings in vIOMMU and devices; OSError EINVAL if there is no such container."""
+        for container in {change[0] for change in (*removed, *added)} - set(self._machine.containers):
+            raise OSError(errno.EINVAL, f"there is no container {shown(container)}")
         for container, iova, size, *_ in removed:
             self._machine.containers[container].unmap(iova, size)
         for container, iova, size, gpa, readable, writable in added:
@@ -246,8 +247,16 @@ class Arriving:
         *,
         paused: bool,
     ) -> None:
-        """Take all devices out of RESUMING side by side, which validates their state; restore all the rest."""
+        """Take all devices out of RESUMING side by side, which validates their state; restore all the rest.
+
+        OSError: EINVAL, and nothing is done, for what fits no device.
+        """
         devices = self._machine.devices
+        for name, config in configs.items():
+            if len(config) != devices[name].config_size:
+                raise OSError(
+                    errno.EINVAL, f"{name}: {len(config)} bytes for {devices[name].config_size} of config space"
+                )
         for name, its in pending.items():
             device = devices[name]
             if max(its.vectors, default=-1) >= len(device.interrupts):

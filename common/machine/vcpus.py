@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
-from common.ipc.channel import Client, Handler, serve
+from common.ipc.channel import MAX_FDS, Client, Handler, serve
+from common.machine.device_process import REQUEST_SECONDS
 from common.memory.bitmap import unpack
 from common.memory.ram import GuestRam
 from common.memory.write_journal import JOURNAL_ROW, Rows
 
 __all__ = ["Vcpus"]
 
-COMMAND_TIMEOUT = 30.0
+# It answers between two steps, and a step waits for its traps: for devices, one request after the other, and for the
+# machine's turn, in which others wait for theirs. A device that is slow must not end the machine.
+COMMAND_SECONDS = 10 * REQUEST_SECONDS
+
+_log = structlog.get_logger()
 
 
 class Vcpus:
@@ -30,7 +36,7 @@ class Vcpus:
         self._pages = ram.layout.pages
         control, their_control = socket.socketpair()
         trap, their_trap = socket.socketpair()
-        control.settimeout(COMMAND_TIMEOUT)
+        control.settimeout(COMMAND_SECONDS)
         fds = (ram.fd, their_control.fileno(), their_trap.fileno())
         with their_control, their_trap, (directory / "vcpu.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -45,11 +51,13 @@ class Vcpus:
             )
         self._control = Client(control)
         self._trap_socket = trap
-        threading.Thread(target=serve, args=(trap, traps), name="traps", daemon=True).start()
+        threading.Thread(target=_serve_traps, args=(trap, traps), name="traps", daemon=True).start()
 
     def attach(self, boot: Mapping[str, Any], fds: Sequence[int]) -> None:
         """Tell the vCPU what machine it is in: programs, devices, doorbells, interrupts."""
-        self._control.call("attach", fds=fds, boot=boot)
+        for first in range(0, len(fds), MAX_FDS):
+            self._control.call("descriptors", fds=fds[first : first + MAX_FDS])
+        self._control.call("attach", boot=boot)
 
     def run(self) -> None:
         """Let it run."""
@@ -102,3 +110,13 @@ class Vcpus:
         self._trap_socket.close()
         self.process.terminate()
         self.process.wait()
+
+
+def _serve_traps(sock: socket.socket, traps: Mapping[str, Handler]) -> None:
+    """Answer traps until the vCPU process closes, or says what is no trap: then it is hung up, and ends."""
+    try:
+        serve(sock, traps)
+    except (ValueError, OSError) as error:
+        _log.error("traps ended", cause=str(error))
+    finally:
+        sock.close()
