@@ -28,7 +28,7 @@ from common.machine.client import Changes, DeviceConfig, DeviceInfo, MachineClie
 from common.machine.config import MachineSpec, ViommuSpec, to_json
 from common.machine.device import Digest, Pending
 from common.machine.record import Ownership, Record
-from common.memory.layout import PAGE_SIZE
+from common.memory.layout import CHUNK_PAGES, PAGE_SIZE
 from common.memory.pages import Encoding, PageBatch
 from common.memory.ram import GuestRam
 from common.rpc import versions
@@ -408,9 +408,15 @@ def test_one_machine_arrives_at_a_time(rig: Rig) -> None:
 def test_pages_are_in_ram_when_they_are_acknowledged(lanes: Rig) -> None:
     lanes.prepare()
     assert lanes.pages(batch(1, fill=7), batch(2, 5, fill=9)) == [1, 2]
-    assert lanes.pages(batch(1, 8, fill=1), lane="1") == [1]
-    firsts = lanes.machine.memory.bytes.reshape(-1, PAGE_SIZE)[:11, 0].tolist()
-    assert firsts == [0, 0, 0, 7, 7, 9, 9, 0, 1, 1, 0]
+    assert lanes.pages(batch(1, CHUNK_PAGES + 1, fill=1), lane="1") == [1]
+    firsts = lanes.machine.memory.bytes.reshape(-1, PAGE_SIZE)[:, 0]
+    assert firsts[:8].tolist() == [0, 0, 0, 7, 7, 9, 9, 0]
+    assert firsts[CHUNK_PAGES:][:4].tolist() == [0, 1, 1, 0]
+
+
+def test_a_lane_has_chunks_of_its_own(lanes: Rig) -> None:
+    lanes.prepare()
+    assert refused(lambda: lanes.pages(batch(1, CHUNK_PAGES))).endswith("a batch has pages of another lane")
 
 
 @pytest.mark.parametrize(
