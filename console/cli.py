@@ -21,6 +21,7 @@ from console.daemon_commands import destination, host, source
 from console.device_commands import capture, check, device, replay
 from console.errors import CommandError
 from console.exit_codes import ExitCode, exit_code_of
+from console.handover_commands import forget, resolve
 from console.options import Address, AsJson, Tls, parse_address, parse_directory, positive
 
 __all__ = ["app", "main"]
@@ -230,6 +231,10 @@ def stop(address: Address, *, tls: Tls = None) -> None:
     with daemon(address, tls) as stub:
         stub.StopMachine(StopMachineRequest(), timeout=SLOW_CALL_S)
     typer.echo(f"{address}: the machine is stopped")
+
+
+for _decision in (resolve, forget):
+    app.command()(_decision)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import structlog
 from switchover.v1 import host_pb2, migration_pb2
 
 from common.host.events import Events
@@ -21,6 +22,8 @@ from source.state_streams import DeviceStream
 __all__ = ["Account"]
 
 PROGRESS_SECONDS = 0.2
+
+_log = structlog.get_logger()
 Part = Literal["pause", "quiesce", "last_sync", "last_ram", "devices", "verification", "handover", "start"]
 
 
@@ -64,10 +67,12 @@ class Account:
     def phase(self, name: str) -> None:
         """Enter a phase: setup, precopy, switchover, handover, done, abort."""
         self._progress.phase = name
+        _log.info("phase", phase=name)
         self._events.publish(self._session_id, phase=name)
 
     def say(self, message: str) -> None:
         """Publish a line."""
+        _log.info(message)
         self._events.publish(self._session_id, message=message)
 
     def moves(self, machine_uuid: str, ram_bytes: int, devices: Sequence[DeviceInfo]) -> None:

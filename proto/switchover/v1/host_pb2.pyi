@@ -76,6 +76,30 @@ COMPRESSION_OFF: Compression.ValueType  # 4
 """Nothing."""
 Global___Compression: _TypeAlias = Compression  # noqa: Y015
 
+class _Owner:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OwnerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Owner.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OWNER_UNSPECIFIED: _Owner.ValueType  # 0
+    """Not set: refused."""
+    OWNER_HERE: _Owner.ValueType  # 1
+    """This host's; the destination has not started it, and never will."""
+    OWNER_THERE: _Owner.ValueType  # 2
+    """The destination's."""
+
+class Owner(_Owner, metaclass=_OwnerEnumTypeWrapper):
+    """Owner says whose a machine is that was about to be handed over."""
+
+OWNER_UNSPECIFIED: Owner.ValueType  # 0
+"""Not set: refused."""
+OWNER_HERE: Owner.ValueType  # 1
+"""This host's; the destination has not started it, and never will."""
+OWNER_THERE: Owner.ValueType  # 2
+"""The destination's."""
+Global___Owner: _TypeAlias = Owner  # noqa: Y015
+
 @_typing.final
 class GetMachineRequest(_message.Message):
     """GetMachineRequest asks for everything."""
@@ -105,6 +129,8 @@ class GetMachineResponse(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     MIGRATING_FIELD_NUMBER: _builtins.int
     GONE_TO_FIELD_NUMBER: _builtins.int
+    OWNERSHIP_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """"source", "destination" or "host"."""
     version: _builtins.str
@@ -115,6 +141,10 @@ class GetMachineResponse(_message.Message):
     """Whether that migration still runs."""
     gone_to: _builtins.str
     """Where the machine went, if it left: an address."""
+    ownership: _builtins.str
+    """What the record says of who owns the machine (docs/architecture.md), for example "OWNER"; empty: there is none."""
+    peer: _builtins.str
+    """The destination of the handover that the record is of, or the last one; empty: none."""
     @_builtins.property
     def machine(self) -> Global___Machine:
         """Unset: the daemon has no machine."""
@@ -128,10 +158,12 @@ class GetMachineResponse(_message.Message):
         session_id: _builtins.str = ...,
         migrating: _builtins.bool = ...,
         gone_to: _builtins.str = ...,
+        ownership: _builtins.str = ...,
+        peer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone_to", b"gone_to", "machine", b"machine", "migrating", b"migrating", "role", b"role", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone_to", b"gone_to", "machine", b"machine", "migrating", b"migrating", "ownership", b"ownership", "peer", b"peer", "role", b"role", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -577,6 +609,79 @@ class StopMachineResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StopMachineResponse: _TypeAlias = StopMachineResponse  # noqa: Y015
+
+@_typing.final
+class ResolveHandoverRequest(_message.Message):
+    """ResolveHandoverRequest is the operator's word for what the destination does not say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    owner: Global___Owner.ValueType
+    """The owner from now on."""
+    def __init__(
+        self,
+        *,
+        owner: Global___Owner.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveHandoverRequest: _TypeAlias = ResolveHandoverRequest  # noqa: Y015
+
+@_typing.final
+class ResolveHandoverResponse(_message.Message):
+    """ResolveHandoverResponse says that it is recorded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveHandoverResponse: _TypeAlias = ResolveHandoverResponse  # noqa: Y015
+
+@_typing.final
+class ForgetRequest(_message.Message):
+    """ForgetRequest lets go of what is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetRequest: _TypeAlias = ForgetRequest  # noqa: Y015
+
+@_typing.final
+class ForgetResponse(_message.Message):
+    """ForgetResponse says that nothing of it is left but a note that it was forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetResponse: _TypeAlias = ForgetResponse  # noqa: Y015
 
 @_typing.final
 class WatchEventsRequest(_message.Message):

@@ -203,10 +203,12 @@ class PrepareRequest(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     LANE_KIND_FIELD_NUMBER: _builtins.int
+    HIGHEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Unique for this attempt."""
     protocol_version: _builtins.int
-    """The protocol that the source speaks; a destination refuses one that it does not."""
+    """The lowest protocol that the source speaks; a destination refuses a source with which it has none in common."""
     machine_uuid: _builtins.str
     """The machine's UUID."""
     incarnation: _builtins.int
@@ -219,6 +221,8 @@ class PrepareRequest(_message.Message):
     """How RAM and devices will be verified, so that the destination reads back what is settled early."""
     lane_kind: Global___LaneKind.ValueType
     """How the page lanes come."""
+    highest_protocol_version: _builtins.int
+    """The highest protocol that the source speaks, and every one between; 0: the lowest only."""
     @_builtins.property
     def data_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First pages of the runs of RAM that hold data now, for touching memory early."""
@@ -226,6 +230,10 @@ class PrepareRequest(_message.Message):
     @_builtins.property
     def data_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Lengths of those runs, in pages."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the source can do beyond the protocol, by name (docs/protocol.md)."""
 
     def __init__(
         self,
@@ -240,10 +248,12 @@ class PrepareRequest(_message.Message):
         lanes: _builtins.int = ...,
         verify: Global___VerifyMode.ValueType = ...,
         lane_kind: Global___LaneKind.ValueType = ...,
+        highest_protocol_version: _builtins.int = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "incarnation", b"incarnation", "lane_kind", b"lane_kind", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "features", b"features", "highest_protocol_version", b"highest_protocol_version", "incarnation", b"incarnation", "lane_kind", b"lane_kind", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -259,8 +269,9 @@ class PrepareResponse(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     LANE_PORT_FIELD_NUMBER: _builtins.int
     LANE_TOKENS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """The protocol that will be spoken."""
+    """The protocol that will be spoken: the highest that both do."""
     lane_port: _builtins.int
     """With TCP lanes: the port, on the host at which the destination was called, that takes them."""
     @_builtins.property
@@ -271,6 +282,10 @@ class PrepareResponse(_message.Message):
     def lane_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """With TCP lanes: for each lane 32 bytes that open it, once."""
 
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the source's features those that the destination has too: what may be used."""
+
     def __init__(
         self,
         *,
@@ -278,10 +293,11 @@ class PrepareResponse(_message.Message):
         devices: _abc.Iterable[Global___PreparedDevice] | None = ...,
         lane_port: _builtins.int = ...,
         lane_tokens: _abc.Iterable[_builtins.bytes] | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "lane_port", b"lane_port", "lane_tokens", b"lane_tokens", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "features", b"features", "lane_port", b"lane_port", "lane_tokens", b"lane_tokens", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
