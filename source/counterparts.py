@@ -19,14 +19,14 @@ def check_counterparts(ours: Sequence[DeviceInfo], theirs: Iterable[migration_pb
     """Raise `DeviceDiffersError` for a device that is not there, or whose BARs are of other sizes than ours.
 
     Where BARs lie follows from the sizes of all of them (`common.machine.board`), and the guest knows where they lie
-    here.
+    here. A destination of before sizes were told tells none.
     """
     sizes_there = {device.name: list(device.bar_sizes) for device in theirs}
     for device in ours:
         there = sizes_there.get(device.name)
         if there is None:
             raise DeviceDiffersError(f"{device.name}: the destination has no such device")
-        if there != list(device.bar_sizes):
+        if there and there != list(device.bar_sizes):
             raise DeviceDiffersError(
                 f"{device.name}: its BARs have {_listed(there)} bytes at the destination, "
                 f"and {_listed(device.bar_sizes)} here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,8 @@ class HostileDestination(migration_pb2_grpc.MigrationServiceServicer):
 
     def Prepare(self, request: pb.PrepareRequest, context: grpc.ServicerContext) -> pb.PrepareResponse:
         self.sessions.append(request.session_id)
-        return pb.PrepareResponse(protocol_version=1)
+        names = [device["name"] for device in json.loads(request.machine_json)["device"]]
+        return pb.PrepareResponse(protocol_version=1, devices=[pb.PreparedDevice(name=name) for name in names])
 
     def ReadClock(self, request: pb.ReadClockRequest, context: grpc.ServicerContext) -> pb.ReadClockResponse:
         return pb.ReadClockResponse(monotonic_ns=time.monotonic_ns())
