@@ -9,23 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from common.log_format import LOG_FORMAT, LogFormat
 from common.trace import LOG_LEVEL
 
-__all__ = ["LOG_FORMAT", "LogFormat", "configure_logs", "enter_session", "leave_session"]
-
-LOG_FORMAT = "SWITCHOVER_LOG_FORMAT"  #: in the environment: what is not told otherwise logs so
-
-
-class LogFormat(StrEnum):
-    """How lines look."""
-
-    CONSOLE = "console"
-    JSON = "json"
+__all__ = ["configure_logs", "enter_session", "leave_session"]
 
 
 def configure_logs(log_format: LogFormat | None = None, session: Callable[[], str] = lambda: "") -> None:

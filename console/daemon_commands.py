@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from common.host.operation import OnSigterm, Operation
-from common.logs import LOG_FORMAT, LogFormat
+from common.log_format import LOG_FORMAT, LogFormat
 from common.machine.attachments import read_attachments
 from common.machine.device_config import Attachment
 from console.errors import CommandError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from common.logs import LogFormat
+from common.log_format import LogFormat
 
 __all__ = ["AS_USUAL", "OnSigterm", "Operation"]
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from common.logs import LOG_FORMAT, LogFormat, configure_logs, enter_session, leave_session
+from common.log_format import LOG_FORMAT, LogFormat
+from common.logs import configure_logs, enter_session, leave_session
 
 
 @pytest.fixture(autouse=True)
