@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from rig import Daemon, wait_for
@@ -69,13 +70,9 @@ class SmallDisk:
 
     def fill(self) -> None:
         """Leave no room."""
-        with (self.path / "filler").open("wb") as file:
+        with (self.path / "filler").open("wb", buffering=0) as file, suppress(OSError):
             while True:
-                try:
-                    file.write(bytes(4096))
-                    file.flush()
-                except OSError:
-                    break
+                file.write(bytes(4096))
 
     def free(self) -> None:
         """Make room again."""
