@@ -133,8 +133,8 @@ def _multifd(channels: int, level: int | None = None) -> Qemu:
     parameters: dict[str, str | int] = {"multifd-channels": channels}
     if level is None:
         return Qemu(f"multifd {channels}", ("multifd",), parameters)
-    zstd = {"multifd-compression": "zstd", "multifd-zstd-level": level}
-    return Qemu(f"multifd {channels}, zstd {level}", ("multifd",), parameters | zstd)
+    parameters |= {"multifd-compression": "zstd", "multifd-zstd-level": level}
+    return Qemu(f"multifd {channels}, zstd {level}", ("multifd",), parameters)
 
 
 DEFAULT = Qemu("default channel")
@@ -159,16 +159,22 @@ LOOPBACK_ROWS: Sequence[Row] = (
     Ours("--verify off"),
     Ours("--verify off --lanes 2"),
     Ours("--verify deferred"),
-    Ours("--verify deferred --lanes 2"),
-    Ours("--verify off --compress"),
-    Ours("--verify off --compress --lanes 2"),
+    Ours("--verify off --lane-kind tcp"),
+    Ours("--verify off --lane-kind tcp --lanes 2"),
+    Ours("--verify off --lane-kind tcp --lanes 4"),
+    Ours("--verify deferred --lane-kind tcp --lanes 2"),
+    Ours("--verify off --lane-kind tcp --lanes 2 --compress auto"),
 )
 LINK_ROWS: Sequence[Row] = (
     *(Sockets(1), DEFAULT, _multifd(2), _multifd(2, 1), _multifd(4, 1), XBZRLE),
     Ours("--verify off"),
-    Ours("--verify off --compress"),
-    Ours("--verify off --compress --lanes 2"),
-    Ours("--verify deferred --compress --lanes 2"),
+    Ours("--verify off --lane-kind tcp --lanes 2"),
+    Ours("--verify off --compress lz4"),
+    Ours("--verify off --compress zstd"),
+    Ours("--verify off --compress auto"),
+    Ours("--verify off --compress auto --lanes 2"),
+    Ours("--verify off --compress auto --lane-kind tcp --lanes 2"),
+    Ours("--verify deferred --compress auto --lanes 2"),
 )
 LINK_REFERENCES = (DEFAULT, _multifd(2, 1), _multifd(4, 1))
 SCENES = {
