@@ -6,6 +6,7 @@ import json
 import signal
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -47,17 +48,22 @@ def check(
         signal.signal(number, signal.default_int_handler)  # servers that were started are ended
     console = Console(stderr=as_json, highlight=False)
     results = []
-    try:
-        for result in run(checks, target, Limits(answer=answer)):
-            _print_result(console, result)
-            results.append(result)
-    except UnreachableError as error:
-        raise CommandError(f"there is no server to check: {error}", ExitCode.UNREACHABLE) from None
-    _print_summary(console, results)
-    if junit_file is not None:
-        junit_file.write_text(junit(name, results), encoding="utf-8")
-    if as_json:
-        print(json.dumps(document(name, results), indent=2))
+    with ExitStack() as stack:
+        try:  # before there is anything that could be lost
+            out = None if junit_file is None else stack.enter_context(junit_file.open("w", encoding="utf-8"))
+        except OSError as error:
+            raise CommandError(f"check: --junit {junit_file}: {error.strerror}", ExitCode.USAGE) from None
+        try:
+            for result in run(checks, target, Limits(answer=answer)):
+                _print_result(console, result)
+                results.append(result)
+        except UnreachableError as error:
+            raise CommandError(f"there is no server to check: {error}", ExitCode.UNREACHABLE) from None
+        _print_summary(console, results)
+        if as_json:
+            print(json.dumps(document(name, results), indent=2), flush=True)
+        if out is not None:
+            out.write(junit(name, results))
     return ExitCode.FAILED if any(result.outcome is Outcome.FAIL for result in results) else ExitCode.COMPLETED
 
 

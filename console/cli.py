@@ -43,6 +43,13 @@ class Verify(StrEnum):
     OFF = "off"
 
 
+class LaneKind(StrEnum):
+    """How pages travel."""
+
+    GRPC = "grpc"
+    TCP = "tcp"
+
+
 class OnTimeout(StrEnum):
     """What ends a migration that reaches a limit."""
 
@@ -96,6 +103,9 @@ def migrate(
         bool, typer.Option("--auto-converge", help="Slow the vCPUs down if the link cannot keep up.")
     ] = False,
     lanes: Annotated[int, typer.Option(min=1, max=16, help="Streams that carry pages side by side.")] = 1,
+    lane_kind: Annotated[
+        LaneKind, typer.Option(help="What these are: gRPC streams, or TCP connections of their own.")
+    ] = LaneKind.GRPC,
     compress: Annotated[bool, typer.Option("--compress", help="Compress pages with lz4.")] = False,
     on_mismatch: Annotated[
         OnMismatch, typer.Option(help="With --verify deferred: what to do with a machine whose memory differs.")
@@ -107,6 +117,7 @@ def migrate(
     from rich.console import Console
     from switchover.v1.host_pb2 import MigrateRequest
     from switchover.v1.host_pb2 import OnTimeout as OnTimeoutMode
+    from switchover.v1.migration_pb2 import LaneKind as LaneKindMode
     from switchover.v1.migration_pb2 import VerifyMode
 
     from console.daemon import daemon
@@ -123,6 +134,7 @@ def migrate(
         on_timeout=OnTimeoutMode.Value(f"ON_TIMEOUT_{on_timeout.name}"),
         auto_converge=auto_converge,
         lanes=lanes,
+        lane_kind=LaneKindMode.Value(f"LANE_KIND_{lane_kind.name}"),
         compress=compress,
         continue_on_mismatch=on_mismatch is OnMismatch.CONTINUE,
     )

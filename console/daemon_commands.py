@@ -51,6 +51,10 @@ AllowOperator = Annotated[
         parser=parse_names, metavar="NAME,…", help="Names in certificates that may move, pause or stop machines."
     ),
 ]
+LanePort = Annotated[
+    int,
+    typer.Option(min=0, max=65_535, help="Port for page lanes of the kind tcp; 0: a free one for each migration."),
+]
 Devices = Annotated[
     str | None,
     typer.Option(metavar="KIND,…", help="Kinds of devices that machines which come here may have; default: all."),
@@ -103,6 +107,7 @@ def destination(
     *,
     listen: Listen = DEFAULT_LISTEN,
     state_dir: StateDir = None,
+    lane_port: LanePort = 0,
     devices: Devices = None,
     device_sockets: DeviceSockets = None,
     device_file: DeviceFile = None,
@@ -116,7 +121,7 @@ def destination(
     from common.rpc.access import Access
     from destination.daemon import run
 
-    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator))
+    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator), lane_port=lane_port)
     return run(network, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
 
 
@@ -125,6 +130,7 @@ def host(
     listen: Listen = DEFAULT_LISTEN,
     machine: MachineFile = None,
     state_dir: StateDir = None,
+    lane_port: LanePort = 0,
     devices: Devices = None,
     device_sockets: DeviceSockets = None,
     device_file: DeviceFile = None,
@@ -138,5 +144,5 @@ def host(
     from common.rpc.access import Access
     from console.host import run
 
-    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator))
+    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator), lane_port=lane_port)
     return run(network, machine, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))

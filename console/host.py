@@ -42,7 +42,7 @@ def run(
     except (HostError, OSError) as error:
         return fail(str(error))
     outgoing = SourceServicer(host)
-    incoming = MigrationServicer(host)
+    incoming = MigrationServicer(host, network.lane_listen)
 
     def register(server: grpc.Server) -> None:
         host_pb2_grpc.add_HostServiceServicer_to_server(outgoing, server)

@@ -21,6 +21,7 @@ def report(result: MigrationResult) -> dict[str, Any]:
         "result": result.result,
         "verified": _verified(result.verified),
         "verify": result.verify,
+        "lane_kind": result.lane_kind,
         "error": result.error or None,
         "reason": result.reason or None,
         "session_id": result.session_id,

@@ -34,7 +34,7 @@ def run(
         return fail(str(error), 2)
     except (HostError, OSError) as error:
         return fail(str(error))
-    servicer = MigrationServicer(host)
+    servicer = MigrationServicer(host, network.lane_listen)
 
     def register(server: grpc.Server) -> None:
         host_pb2_grpc.add_HostServiceServicer_to_server(HostServicer(host), server)

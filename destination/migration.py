@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import grpc
 import structlog
@@ -22,18 +22,23 @@ from switchover.v1 import migration_pb2
 from common import hooks
 from common.host.host import COMMITTED, REVOKED, Host
 from common.ipc.channel import ClosedError, RequestError
-from common.machine.attachments import with_attachments
-from common.machine.client import Changes, DeviceConfig, MachineClient, MappingChange
-from common.machine.config import MachineSpec, from_json
-from common.machine.device import Digest, Pending
-from common.machine.fields import ConfigError
+from common.machine.client import MachineClient
+from common.machine.device import Digest
 from common.machine.launch import launch
 from common.machine.record import Ownership
 from common.memory.layout import PAGE_SIZE
 from common.memory.pages import Applier, PageBatch
 from common.rpc.errors import RefusalError
+from common.rpc.lane_frame import pack_refusal
+from common.rpc.lane_socket import LaneSocket
 from destination import handover
 from destination.handover import Event
+from destination.lane_port import LanePort
+from destination.lanes import Lanes, Receive
+from destination.loading import Loading
+from destination.refusal import bad
+from destination.request import changes, check_memory, config, describe, find_devices
+from destination.tcp_lane import receive_batches
 from destination.verifier import Verifier, compare_device
 
 __all__ = ["Arrival"]
@@ -42,14 +47,14 @@ IDLE_SECONDS = 30.0
 
 _log = structlog.get_logger()
 Kind = migration_pb2.DeviceStateKind
-Response = TypeVar("Response")
 Verify = migration_pb2.VerifyMode
 
 
 class Arrival:
     """One machine on its way to this host. Calls come from gRPC's threads; `_decision` orders those that decide."""
 
-    def __init__(self, host: Host, request: migration_pb2.PrepareRequest) -> None:
+    def __init__(self, host: Host, request: migration_pb2.PrepareRequest, lane_listen: tuple[str, int]) -> None:
+        """`lane_listen`: host and port that TCP lanes come to, if they are asked for."""
         self.session_id = request.session_id
         self.machine_uuid = request.machine_uuid
         self.state: handover.State.ValueType = handover.PREPARING
@@ -58,16 +63,17 @@ class Arrival:
         self._verify = request.verify or Verify.VERIFY_MODE_STRICT
         self._decision = threading.RLock()
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="arrival")
-        self._lane_sequences = [0] * max(request.lanes, 1)
+        self._lanes = Lanes(max(request.lanes, 1))
+        self._lane_listen = lane_listen
+        self._lane_port: LanePort | None = None
         self._mapping_sequence = 0
         self._open_streams = 0
         self._active_at = time.monotonic()
         self._held = ExitStack()
         self._verifier: Verifier | None = None
         self._machine: MachineClient | None = None
-        self._devices: dict[str, _Loading] = {}
+        self._devices: dict[str, Loading] = {}
         self._device_digests: dict[str, Digest] = {}
-        self._applier: Applier | None = None
         self._reading: Future[None] | None = None
         self._paused = False
         self._revoked_for = ""
@@ -78,8 +84,8 @@ class Arrival:
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
         """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING."""
-        spec = _find_devices(_describe(request), self._host)
-        _check_memory(sum(request.data_pages) * PAGE_SIZE)
+        spec = find_devices(describe(request), self._host)
+        check_memory(sum(request.data_pages) * PAGE_SIZE)
         directory = self._host.run_directory(self.session_id)
         try:
             machine = launch(spec, directory, self._host.record_path, incarnation=request.incarnation, incoming=True)
@@ -91,16 +97,18 @@ class Arrival:
         self._ram = self._held.enter_context(machine.ram(writable=True))
         for first, count in zip(request.data_first, request.data_pages, strict=True):
             self._ram.populate(first, count)
-        self._applier = Applier(self._ram)
+        self._lanes.applier = applier = Applier(self._ram)
         if self._verify != Verify.VERIFY_MODE_OFF:
-            self._verifier = Verifier(self._ram, self._applier, early=self._verify == Verify.VERIFY_MODE_DEFERRED)
+            self._verifier = Verifier(self._ram, applier, early=self._verify == Verify.VERIFY_MODE_DEFERRED)
         machine.enter_resuming()
-        self._devices = {device.name: _Loading(device.has_precopy) for device in machine.devices()}
+        self._devices = {device.name: Loading(device.has_precopy) for device in machine.devices()}
         with self._decision:
             if self.state != handover.PREPARING:
                 # It was revoked while it was built, when there was nothing to take down yet.
                 self._take_down()
             self._expect(handover.PREPARING)
+            if request.lane_kind == migration_pb2.LANE_KIND_TCP:
+                self._lane_port = self._listen()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return migration_pb2.PrepareResponse(
             protocol_version=request.protocol_version,
@@ -109,29 +117,44 @@ class Arrival:
                     name=device.name,
                     migration_flags=device.migration_flags,
                     comparable_dump=device.comparable_dump,
+                    bar_sizes=device.bar_sizes,
                 )
                 for device in machine.devices()
             ],
+            lane_port=self._lane_port.port if self._lane_port is not None else 0,
+            lane_tokens=self._lane_port.tokens if self._lane_port is not None else (),
         )
+
+    def _listen(self) -> LanePort:
+        lanes = len(self._lanes.sequences)
+        try:
+            return LanePort(*self._lane_listen, self._host.security.lane_server, lanes, self.serve_lane)
+        except OSError as error:
+            where = "port {1} of {0}".format(*self._lane_listen)
+            raise RefusalError(
+                grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_LISTEN", f"page lanes: {where}: {error.strerror}"
+            ) from error
 
     # precopy and switchover: three kinds of streams, side by side
 
     def apply_pages(self, lane: int, batches: Iterator[PageBatch]) -> Iterator[migration_pb2.SendPagesResponse]:
-        """Write one lane's pages to RAM; acknowledge each batch once it is there."""
-        if not 0 <= lane < len(self._lane_sequences):
-            raise _bad(f"lane {lane} was not announced")
+        """Write one gRPC lane's pages to RAM; acknowledge each batch once it is there."""
         for batch in batches:
-            self._expect(handover.PREPARING)
-            if self._applier is None:
-                raise _bad("the session is not prepared yet")
-            if batch.sequence != self._lane_sequences[lane] + 1:
-                raise _bad(f"lane {lane}: batch {batch.sequence} after {self._lane_sequences[lane]}")
-            try:
-                self._applier.apply(batch)
-            except ValueError as error:
-                raise _bad(f"lane {lane}, batch {batch.sequence}: {error}") from error
-            self._lane_sequences[lane] = batch.sequence
+            self._apply_batch(lane, batch)
             yield migration_pb2.SendPagesResponse(applied_sequence=batch.sequence)
+
+    def serve_lane(self, lane: int, connection: LaneSocket) -> None:
+        """The same for a TCP lane, to its end; what it is refused for it is told."""
+        try:
+            with self.streaming():
+                receive_batches(connection, partial(self._apply_batch, lane))
+        except RefusalError as refusal:
+            with suppress(OSError):
+                connection.send([pack_refusal(refusal.reason, str(refusal))])
+
+    def _apply_batch(self, lane: int, batch: PageBatch, receive: Receive | None = None) -> None:
+        self._expect(handover.PREPARING)
+        self._lanes.apply(lane, batch, receive)
 
     def apply_device_state(
         self, name: str, records: Iterator[migration_pb2.SendDeviceStateRequest]
@@ -139,7 +162,7 @@ class Arrival:
         """Give one device its data; acknowledge each record once the device has taken it."""
         loading = self._devices.get(name)
         if loading is None:
-            raise _bad(f"there is no device {name}")
+            raise bad(f"there is no device {name}")
         assert self._machine is not None
         machine = self._machine.another()
         try:
@@ -169,8 +192,8 @@ class Arrival:
             for batch in batches:
                 self._expect(handover.PREPARING)
                 if batch.sequence != self._mapping_sequence + 1:
-                    raise _bad(f"mappings: batch {batch.sequence} after {self._mapping_sequence}")
-                machine.change_mappings(_changes(batch))
+                    raise bad(f"mappings: batch {batch.sequence} after {self._mapping_sequence}")
+                machine.change_mappings(changes(batch))
                 self._mapping_sequence = batch.sequence
                 yield migration_pb2.SendMappingsResponse(applied_sequence=batch.sequence)
         finally:
@@ -187,13 +210,13 @@ class Arrival:
             vcpu = json.loads(request.vcpu_json)
             self._run = int(vcpu["runs"]) + 1
         except (KeyError, TypeError, ValueError) as error:
-            raise _bad(f"vCPU state: {error}") from error
+            raise bad(f"vCPU state: {error}") from error
         assert self._machine is not None
         self._paused = request.paused
         reading = None
         if self._verify == Verify.VERIFY_MODE_DEFERRED and self._verifier is not None:
             reading = self._pool.submit(self._verifier.complete)
-        self._machine.load(vcpu, [_config(device) for device in request.devices], paused=request.paused)
+        self._machine.load(vcpu, [config(device) for device in request.devices], paused=request.paused)
         if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
             # After the devices have validated their state: what one of them wrote meanwhile is read too.
             reading = self._pool.submit(self._verifier.read_all)
@@ -207,16 +230,16 @@ class Arrival:
         return migration_pb2.FinishResponse(load_us=int((time.monotonic() - began) * 1e6))
 
     def _check_complete(self, request: migration_pb2.FinishRequest) -> None:
-        if list(request.lane_sequences) != self._lane_sequences:
-            raise _bad("not all page batches have arrived")
+        if list(request.lane_sequences) != self._lanes.sequences:
+            raise bad("not all page batches have arrived")
         if request.mapping_sequence != self._mapping_sequence:
-            raise _bad("not all mapping changes have arrived")
+            raise bad("not all mapping changes have arrived")
         if {device.name for device in request.devices} != set(self._devices):
-            raise _bad("the devices are not those that were prepared")
+            raise bad("the devices are not those that were prepared")
         for device in request.devices:
             loading = self._devices[device.name]
             if not loading.ended or loading.sequence != device.record_sequence:
-                raise _bad(f"{device.name}: its state has not arrived whole")
+                raise bad(f"{device.name}: its state has not arrived whole")
 
     def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
@@ -231,15 +254,16 @@ class Arrival:
             strict = self._verify == Verify.VERIFY_MODE_STRICT
             mismatches = self._verifier.compare(request.chunk_digests, pages=strict)
         except ValueError as error:
-            raise _bad(str(error)) from error
+            raise bad(str(error)) from error
         if self._verify == Verify.VERIFY_MODE_DEFERRED:
             self._let_go()
         differing, compared = [], []
         for theirs in request.devices:
             ours = self._device_digests.get(theirs.name)
-            if ours is None or not (ours.compared and theirs.compared):
+            if ours is None:
                 continue
-            compared.append(theirs.name)
+            if ours.compared and theirs.compared:
+                compared.append(theirs.name)
             what = compare_device(ours, theirs)
             if what is not None:
                 differing.append(migration_pb2.DeviceMismatch(name=theirs.name, what=what))
@@ -359,6 +383,8 @@ class Arrival:
 
     def close(self) -> None:
         """Let go of everything."""
+        if self._lane_port is not None:
+            self._lane_port.close()
         self._pool.shutdown(wait=False)
         self._let_go()
 
@@ -378,17 +404,18 @@ class Arrival:
             why = f": {self._revoked_for}" if self._revoked_for else ""
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}{why}")
 
-    def streaming(self, stream: Callable[[], Iterator[Response]], context: grpc.ServicerContext) -> Iterator[Response]:
-        """Serve one stream; one that breaks before COMMIT ends the session."""
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Serve one stream in this block; one that breaks before COMMIT ends the session."""
         with self._decision:
             self._open_streams += 1
         try:
-            yield from stream()
+            yield
         except RefusalError as error:
-            self._lose(str(error))
+            self.lose(str(error))
             raise
         except (ClosedError, RequestError, OSError) as error:
-            self._lose(str(error))
+            self.lose(str(error))
             # Whoever fails because the session has ended says why it has.
             why = self._revoked_for or str(error)
             raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", why) from error
@@ -396,10 +423,9 @@ class Arrival:
             with self._decision:
                 self._open_streams -= 1
                 self._active_at = time.monotonic()
-            if not context.is_active():
-                self._lose("the source is gone")
 
-    def _lose(self, why: str) -> None:
+    def lose(self, why: str) -> None:
+        """Revoke a session that cannot go on; after COMMIT it needs no source any more."""
         if self.state in (handover.PREPARING, handover.READY):
             try:
                 self.revoke(why)
@@ -411,98 +437,4 @@ class Arrival:
         while self.state in (handover.PREPARING, handover.READY):
             time.sleep(1.0)
             if not self._open_streams and time.monotonic() - self._active_at > IDLE_SECONDS:
-                self._lose("nothing was heard of the source")
-
-
-_EMPTY_KINDS = (*(Kind.DEVICE_STATE_KIND_INIT_DATA_SENT, Kind.DEVICE_STATE_KIND_RESTART, Kind.DEVICE_STATE_KIND_END),)
-
-
-class _Loading:
-    """How far a device is."""
-
-    def __init__(self, has_precopy: bool) -> None:  # noqa: FBT001  # the one thing to know
-        self._has_precopy = has_precopy
-        self.sequence = 0
-        self.initial_data_loaded = False
-        self.ended = False
-
-    def check(self, name: str, record: migration_pb2.SendDeviceStateRequest) -> None:
-        if record.sequence != self.sequence + 1:
-            raise _bad(f"{name}: record {record.sequence} after {self.sequence}")
-        if self.ended:
-            raise _bad(f"{name}: a record after the end")
-        data_kinds = (Kind.DEVICE_STATE_KIND_PRECOPY_DATA, Kind.DEVICE_STATE_KIND_STOP_COPY_DATA)
-        if record.kind not in (*data_kinds, *_EMPTY_KINDS):
-            raise _bad(f"{name}: unknown record kind {record.kind}")
-        if bool(record.data) != (record.kind in data_kinds):
-            raise _bad(f"{name}: a record of kind {Kind.Name(record.kind)} with {len(record.data)} bytes")
-
-    def applied(self, record: migration_pb2.SendDeviceStateRequest) -> None:
-        self.sequence = record.sequence
-        if record.kind == Kind.DEVICE_STATE_KIND_RESTART:
-            self.initial_data_loaded = False
-        self.initial_data_loaded |= record.kind == Kind.DEVICE_STATE_KIND_INIT_DATA_SENT and self._has_precopy
-        self.ended = record.kind == Kind.DEVICE_STATE_KIND_END
-
-
-def _describe(request: migration_pb2.PrepareRequest) -> MachineSpec:
-    try:
-        spec = from_json(request.machine_json)
-    except ConfigError as error:
-        raise _bad(f"machine description: {error}") from error
-    if spec.uuid != request.machine_uuid:
-        raise _bad("machine description and request name different machines")
-    pages = spec.ram_size // PAGE_SIZE
-    end = 0
-    if len(request.data_first) != len(request.data_pages):
-        raise _bad("runs of data: as many first pages as lengths are needed")
-    for first, count in zip(request.data_first, request.data_pages, strict=True):
-        if not (end <= first < pages and 0 < count <= pages - first):
-            raise _bad(f"runs of data: {count} pages from {first} are not in order or not in RAM")
-        end = first + count
-    return spec
-
-
-def _find_devices(spec: MachineSpec, host: Host) -> MachineSpec:
-    """Return the description with this host's devices; refuse if it does not have them all."""
-    emulated = {device.kind for device in spec.devices if device.attachment is None}
-    try:
-        if missing := emulated - host.device_kinds:
-            raise LookupError(f"this host has no device of kind {', '.join(sorted(missing))}")
-        return with_attachments(spec, host.attachments)
-    except LookupError as error:
-        raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NO_SUCH_DEVICE", str(error)) from error
-    except ValueError as error:
-        raise _bad(f"machine description: {error}") from error
-
-
-def _check_memory(needed: int) -> None:
-    with open("/proc/meminfo") as lines:
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    if needed > available:
-        raise RefusalError(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            "NOT_ENOUGH_MEMORY",
-            f"the machine holds {needed >> 20} MiB in RAM, this host has {available >> 20} MiB free",
-        )
-
-
-def _changes(batch: migration_pb2.SendMappingsRequest) -> Changes:
-    return Changes(
-        tuple(MappingChange(item.container, item.iova, item.size) for item in batch.removed),
-        tuple(
-            MappingChange(
-                item.range.container, item.range.iova, item.range.size, item.gpa, item.readable, item.writable
-            )
-            for item in batch.added
-        ),
-    )
-
-
-def _config(device: migration_pb2.DeviceConfig) -> DeviceConfig:
-    pending = Pending(tuple(device.pending_vectors), tuple(device.pending_doorbells))
-    return DeviceConfig(device.name, device.config_space, pending)
-
-
-def _bad(message: str) -> RefusalError:
-    return RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", message)
+                self.lose("nothing was heard of the source")

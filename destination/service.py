@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import TypeVar
 
 import grpc
 from switchover.v1 import migration_pb2, migration_pb2_grpc
@@ -23,6 +24,8 @@ PROTOCOL_VERSIONS = (1,)
 MAX_LANES = 16
 SERVICE = "switchover.v1.MigrationService"
 
+Response = TypeVar("Response")
+
 
 # What a session is of which only the decision is known: a daemon that starts again starts what was committed to it.
 _DECIDED = {COMMITTED: handover.RUNNING, REVOKED: handover.REVOKED, None: handover.UNKNOWN}
@@ -31,8 +34,10 @@ _DECIDED = {COMMITTED: handover.RUNNING, REVOKED: handover.REVOKED, None: handov
 class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     """One machine arrives at a time; the last session is kept, so that it can be asked about."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, lane_listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        """`lane_listen`: host and port for TCP page lanes; port 0: a free one for each session."""
         self._host = host
+        self._lane_listen = lane_listen
         self._arrival: Arrival | None = None
         self._lock = threading.Lock()
 
@@ -69,7 +74,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         with self._lock:
             if self._arrival is not None:
                 self._arrival.close()
-            self._arrival = arrival = Arrival(self._host, request)
+            self._arrival = arrival = Arrival(self._host, request, self._lane_listen)
         try:
             return arrival.prepare(request)
         except BaseException as error:
@@ -91,7 +96,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         if not lane.isdecimal():
             raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"no lane number: {lane!r}")
         batches = (_parse(message) for message in request_iterator)
-        yield from arrival.streaming(lambda: arrival.apply_pages(int(lane), batches), context)
+        yield from _streaming(arrival, arrival.apply_pages(int(lane), batches), context)
 
     def SendDeviceState(
         self, request_iterator: Iterator[migration_pb2.SendDeviceStateRequest], context: grpc.ServicerContext
@@ -99,14 +104,14 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a device's records."""
         arrival = self._of_stream(context)
         name = _metadata(context, "device")
-        yield from arrival.streaming(lambda: arrival.apply_device_state(name, request_iterator), context)
+        yield from _streaming(arrival, arrival.apply_device_state(name, request_iterator), context)
 
     def SendMappings(
         self, request_iterator: Iterator[migration_pb2.SendMappingsRequest], context: grpc.ServicerContext
     ) -> Iterator[migration_pb2.SendMappingsResponse]:
         """Apply mapping changes."""
         arrival = self._of_stream(context)
-        yield from arrival.streaming(lambda: arrival.apply_mappings(request_iterator), context)
+        yield from _streaming(arrival, arrival.apply_mappings(request_iterator), context)
 
     def Finish(
         self, request: migration_pb2.FinishRequest, context: grpc.ServicerContext
@@ -202,6 +207,15 @@ def register(servicer: MigrationServicer, server: grpc.Server) -> None:
     )
     # What is registered later under the same name is what is found.
     server.add_registered_method_handlers(SERVICE, {"SendPages": pages})
+
+
+def _streaming(arrival: Arrival, answers: Iterator[Response], context: grpc.ServicerContext) -> Iterator[Response]:
+    try:
+        with arrival.streaming():
+            yield from answers
+    finally:
+        if not context.is_active():
+            arrival.lose("the source is gone")
 
 
 def _parse(message: object) -> PageBatch:

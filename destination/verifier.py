@@ -95,9 +95,11 @@ class Verifier:
 
 
 def compare_device(ours: Digest, theirs: migration_pb2.DeviceDigest) -> str | None:
-    """Return what differs between two readings of a device, None if nothing does."""
-    if ours.config != theirs.config:
+    """Return what differs between two readings of a device, of what was read on both sides; None if nothing does."""
+    if theirs.config and ours.config != theirs.config:
         return "config space"
+    if not (ours.compared and theirs.compared):
+        return None
     if list(ours.bars) != list(theirs.bars):
         return "BARs"
     if ours.dump and theirs.dump and ours.dump != theirs.dump:

@@ -44,6 +44,7 @@ class Account:
             destination=request.destination,
             verify=migration_pb2.VerifyMode.Name(request.verify).removeprefix("VERIFY_MODE_").lower(),
             verified="false",
+            lane_kind=migration_pb2.LaneKind.Name(request.lane_kind).removeprefix("LANE_KIND_").lower(),
             owner="source",
             guest_gap_ms=-1,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from common.ipc.channel import ClosedError, RequestError
 from common.rpc.errors import PeerError
 from source.commit import NotStartedError, RevokedError, UndecidedError
+from source.counterparts import DeviceDiffersError
 from source.verdict import DataLossError
 
 __all__ = ["CancelledError", "NotConvergedError", "explain"]
@@ -27,6 +28,8 @@ def explain(error: Exception, destination: str) -> tuple[str, str]:
             return "NOT_CONVERGED", str(error)
         case DataLossError():
             return "DATA_LOSS", str(error)
+        case DeviceDiffersError():
+            return "DEVICE_DIFFERS", str(error)
         case RevokedError():
             return "REVOKED", str(error)
         case NotStartedError():

@@ -1,29 +1,26 @@
-"""Page lanes: streams that carry batches of pages to the destination.
+"""Page lanes: what carries batches of pages to the destination.
 
 A 2 MiB chunk of RAM always travels on the same lane, so two versions of a page never race. Each lane encodes in a
-thread of its own, and waits there for the bandwidth limit.
+thread of its own. There are two kinds, which differ in nothing but how bytes travel: gRPC streams
+(`source.grpc_lane`) and TCP connections (`source.tcp_lane`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
-import grpc
-from switchover.v1 import migration_pb2
+import numpy as np
+import numpy.typing as npt
 
 from common.memory.layout import PAGE_SIZE
-from common.memory.pages import encode, split_lanes
+from common.memory.pages import PageBatch, encode, split_lanes
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
-from common.rpc.page_batch import serialize
-from source.limiter import Limiter
-from source.stream import AckedStream
 
-__all__ = ["LaneStats", "PageLanes"]
-
-SEND_PAGES = "/switchover.v1.MigrationService/SendPages"
+__all__ = ["LaneStats", "PageLane", "PageLanes", "Unacked"]
 
 
 @dataclass(slots=True)
@@ -40,79 +37,65 @@ class LaneStats:
         return (self.pages - self.zero_pages) * PAGE_SIZE
 
 
-class _Lane:
-    def __init__(
-        self,
-        open_channel: Callable[[], grpc.Channel],
-        metadata: tuple[tuple[str, str], ...],
-        limiter: Limiter,
-        on_applied: Callable[[int, int], None],
-    ) -> None:
-        self._limiter = limiter
-        self._on_applied = on_applied
-        self._channel = open_channel()
-        self._unacked: dict[int, tuple[int, int]] = {}
-        call = self._channel.stream_stream(
-            SEND_PAGES,
-            request_serializer=lambda message: message,
-            response_deserializer=migration_pb2.SendPagesResponse.FromString,
-        )
-        self.stream: AckedStream[bytes, migration_pb2.SendPagesResponse] = AckedStream(
-            lambda requests: call(requests, metadata=metadata), self._applied
-        )
+class PageLane(Protocol):
+    """One lane. Failures are `PeerError`, ConnectionError, or what `interrupt` was given; once failed, it stays so."""
 
-    def _applied(self, response: migration_pb2.SendPagesResponse) -> None:
-        done = [number for number in list(self._unacked) if number <= response.applied_sequence]
-        acked = [self._unacked.pop(number) for number in done]
-        self._on_applied(sum(pages for pages, _ in acked), sum(size for _, size in acked))
+    @property
+    def sequence(self) -> int:
+        """Number of the last batch."""
 
-    def send(self, ram: GuestRam, runs: Runs, data: Runs, number: int, *, compress: bool) -> LaneStats:
-        """Send the pages of `runs`; return when all of them are applied."""
-        stats = LaneStats()
-        for batch in encode(ram, *runs, round=number, compress=compress, data=data):
-            batch.sequence = self.stream.next_sequence()
-            message = serialize(batch)
-            self._unacked[batch.sequence] = (batch.pages, len(message))
-            self._limiter.take(len(message))
-            self.stream.send(message)
-            stats.pages += batch.pages
-            stats.zero_pages += batch.zero_pages
-            stats.sent_bytes += len(message)
-        self.stream.drain()
-        return stats
+    @property
+    def batch_pages(self) -> int:
+        """How many pages with a payload a batch should have."""
+
+    def send(self, batch: PageBatch) -> int:
+        """Number a batch and send it, as soon as the bandwidth limit and the destination let it; return its size."""
+
+    def drain(self) -> None:
+        """Wait until everything that was sent is in the destination's RAM."""
+
+    def interrupt(self, failure: Exception) -> None:
+        """Let every call fail with `failure`, those that wait too; the first one counts."""
 
     def close(self, *, abort: bool) -> None:
-        self.stream.close(abort=abort)
-        self._channel.close()
+        """End the lane: in good order, or at once."""
+
+
+class Unacked:
+    """The batches of a lane that are on their way: which pages, and bytes on the wire. Two threads may share it."""
+
+    def __init__(self, on_applied: Callable[[int, int], None]) -> None:
+        """`on_applied` is told (pages, bytes) of every ack."""
+        self._on_applied = on_applied
+        self._batches: dict[int, tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def add(self, batch: PageBatch, size: int) -> None:
+        """Note a batch before it is sent."""
+        self._batches[batch.sequence] = (batch.run_first, batch.run_pages, size)
+
+    def applied(self, sequence: int) -> None:
+        """Note that all batches up to this one are applied."""
+        done = [number for number in list(self._batches) if number <= sequence]
+        acked = [self._batches.pop(number) for number in done]
+        self._on_applied(sum(int(pages.sum()) for _, pages, _ in acked), sum(size for _, _, size in acked))
 
 
 class PageLanes:
-    """All lanes of a migration; failures are those of `AckedStream`."""
+    """All lanes of a migration; failures are those of `PageLane`."""
 
-    def __init__(
-        self,
-        open_channel: Callable[[], grpc.Channel],
-        session_id: str,
-        ram: GuestRam,
-        count: int,
-        limiter: Limiter,
-        *,
-        compress: bool,
-        on_applied: Callable[[int, int], None],
-    ) -> None:
-        """Open `count` lanes; `on_applied` is told (pages, bytes) of every ack."""
+    def __init__(self, ram: GuestRam, lanes: Sequence[PageLane], *, compress: bool) -> None:
         self._ram = ram
         self._compress = compress
-        self._lanes = [
-            _Lane(open_channel, (("session-id", session_id), ("lane", str(index))), limiter, on_applied)
-            for index in range(count)
-        ]
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="lane")
+        self._lanes = lanes
+        self._pool = ThreadPoolExecutor(len(lanes), thread_name_prefix="lane")
 
     @property
     def sequences(self) -> list[int]:
         """The last batch number of each lane."""
-        return [lane.stream.sequence for lane in self._lanes]
+        return [lane.sequence for lane in self._lanes]
 
     def send(self, runs: Runs, data: Runs, number: int) -> LaneStats:
         """Send the pages of `runs` as round `number`; return when they are in the destination's RAM.
@@ -120,7 +103,7 @@ class PageLanes:
         `data` are the runs of RAM that are not holes: no page outside them is read.
         """
         futures: list[Future[LaneStats]] = [
-            self._pool.submit(lane.send, self._ram, part, data, number, compress=self._compress)
+            self._pool.submit(self._send, lane, part, data, number)
             for lane, part in zip(self._lanes, split_lanes(*runs, len(self._lanes)), strict=True)
         ]
         parts = [future.result() for future in futures]
@@ -130,13 +113,26 @@ class PageLanes:
             sum(part.sent_bytes for part in parts),
         )
 
+    def _send(self, lane: PageLane, runs: Runs, data: Runs, number: int) -> LaneStats:
+        stats = LaneStats()
+        size = lane.batch_pages
+        for batch in encode(self._ram, *runs, round=number, compress=self._compress, data=data, batch_pages=size):
+            stats.sent_bytes += lane.send(batch)
+            stats.pages += batch.pages
+            stats.zero_pages += batch.zero_pages
+        lane.drain()
+        return stats
+
     def interrupt(self, failure: Exception) -> None:
         """Let a `send` that runs, and every later one, fail with `failure`."""
         for lane in self._lanes:
-            lane.stream.interrupt(failure)
+            lane.interrupt(failure)
 
     def close(self, *, abort: bool) -> None:
-        """End the streams: in good order, or at once."""
+        """End the lanes: in good order, or at once."""
+        if abort:
+            self.interrupt(ConnectionError("the migration has ended"))
+        # Nobody may use a connection any more when it is closed.
+        self._pool.shutdown()
         for lane in self._lanes:
             lane.close(abort=abort)
-        self._pool.shutdown()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -33,12 +33,15 @@ from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
 from source.commit import RevokedError, commit, wait_until_started
+from source.counterparts import check_counterparts
 from source.failures import CancelledError, NotConvergedError, explain
+from source.grpc_lane import GrpcLane
 from source.history import History
-from source.lanes import LaneStats
+from source.lanes import LaneStats, PageLane
 from source.limiter import Limiter
 from source.policy import Action, Limits, RoundFacts, decide
 from source.streams import Streams
+from source.tcp_lane import LanePort, TcpLane
 from source.verdict import DataLossError
 from source.verifier import Verifier
 
@@ -53,6 +56,7 @@ WAIT_SECONDS = 0.02
 OWNERS = {Ownership.OWNER: "source", Ownership.COMMITTING: "undecided", Ownership.GONE: "destination"}
 
 _log = structlog.get_logger()
+LaneKind = migration_pb2.LaneKind
 Verify = migration_pb2.VerifyMode
 
 
@@ -141,6 +145,7 @@ class Migration:
         assert record is not None
         self._incarnation = record.incarnation + 1
         data_first, data_pages = self._ram.data_runs()
+        mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
         with self._calling():
             prepared = self._stub.Prepare(
                 migration_pb2.PrepareRequest(
@@ -153,16 +158,21 @@ class Migration:
                     data_pages=data_pages.tolist(),
                     lanes=self._request.lanes,
                     verify=self._request.verify,
+                    lane_kind=self._request.lane_kind,
                 ),
                 timeout=self._long_call_s,
             )
             self._prepared = True
+        check_counterparts(devices, prepared.devices)
+        mapping.result()
         self._check()
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()
+        open_bulk = partial(open_bulk_channel, self._address, self._host.security.channel)
         self._open_streams = Streams(
             self._stub,
-            partial(open_bulk_channel, self._address, self._host.security.channel),
+            open_bulk,
+            self._lane_opener(prepared, open_bulk),
             self.session_id,
             self._request,
             machine,
@@ -170,10 +180,22 @@ class Migration:
             devices,
             {device.name: device.migration_flags for device in prepared.devices},
             self._limiter,
-            self._account.meter.applied,
         )
         self._check()
         self._send_mappings()
+
+    def _lane_opener(
+        self, prepared: migration_pb2.PrepareResponse, open_bulk: Callable[[], grpc.Channel]
+    ) -> Callable[[int], PageLane]:
+        """Return what opens the page lane of a number."""
+        applied = self._account.meter.applied
+        if self._request.lane_kind != LaneKind.LANE_KIND_TCP:
+            return lambda number: GrpcLane(open_bulk, self.session_id, number, self._limiter, applied)
+        if len(prepared.lane_tokens) != self._request.lanes:
+            raise ConnectionError(f"{self._address} takes no page lanes of the kind tcp")
+        host = self._address.rpartition(":")[0].strip("[]")
+        port = LanePort(host, prepared.lane_port, self._host.security.lane_client)
+        return lambda number: TcpLane(port, prepared.lane_tokens[number], self._limiter, applied)
 
     @property
     def _streams(self) -> Streams:

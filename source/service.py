@@ -50,6 +50,7 @@ class SourceServicer(HostServicer):
         request.verify = request.verify or migration_pb2.VERIFY_MODE_STRICT
         request.max_downtime_ms = request.max_downtime_ms or DEFAULT_DOWNTIME_MS
         request.lanes = request.lanes or 1
+        request.lane_kind = request.lane_kind or migration_pb2.LANE_KIND_GRPC
         session_id = uuid4().hex
         self.host.begin_migration(session_id)
         try:

@@ -12,7 +12,7 @@ from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 from common.machine.client import DeviceInfo, MachineClient, Rest
 from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
-from source.lanes import PageLanes
+from source.lanes import PageLane, PageLanes
 from source.limiter import Limiter
 from source.state_streams import DeviceStream, MappingStream
 
@@ -26,6 +26,7 @@ class Streams:
         self,
         stub: migration_pb2_grpc.MigrationServiceStub,
         open_channel: Callable[[], grpc.Channel],
+        open_lane: Callable[[int], PageLane],
         session_id: str,
         request: host_pb2.MigrateRequest,
         machine: MachineClient,
@@ -33,14 +34,14 @@ class Streams:
         devices: Sequence[DeviceInfo],
         peers: Mapping[str, int],
         limiter: Limiter,
-        on_applied: Callable[[int, int], None],
     ) -> None:
-        """`peers` are the migration flags of the destination's devices; `on_applied` as for `PageLanes`."""
+        """`peers` are the migration flags of the destination's devices; `open_lane` opens the page lane of a number."""
         with ExitStack() as opened:
-            self.lanes = PageLanes(
-                open_channel, session_id, ram, request.lanes, limiter, compress=request.compress, on_applied=on_applied
-            )
-            opened.callback(self.lanes.close, abort=True)
+            lanes: list[PageLane] = []
+            for number in range(request.lanes):
+                lanes.append(open_lane(number))
+                opened.callback(lanes[-1].close, abort=True)
+            self.lanes = PageLanes(ram, lanes, compress=request.compress)
             self.mappings = MappingStream(stub, session_id)
             opened.callback(self.mappings.close, abort=True)
             self.devices: list[DeviceStream] = []

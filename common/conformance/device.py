@@ -86,9 +86,12 @@ class Device(Probe):
     def _describe(self) -> None:
         # What makes no sense is left out here: there are checks for it.
         reply = self.ask(Command.DEVICE_GET_INFO, DeviceInfo().pack())
-        if reply.error or len(reply.body) < 16:
+        if reply.error:
             return
-        info = DeviceInfo.unpack(reply.body)
+        try:
+            info = parsed(DeviceInfo.unpack, reply.body)
+        except Failure:
+            return
         for index in range(min(info.num_regions, _MAX_DESCRIBED)):
             reply = self.ask(Command.DEVICE_GET_REGION_INFO, RegionQuery(index, 4096).pack_info())
             if not reply.error:
@@ -230,7 +233,7 @@ class Device(Probe):
         return b"".join(parts)
 
     def save(self) -> bytes:
-        """Go from RUNNING by STOP_COPY to STOP, and return the state."""
+        """Go from RUNNING or PRE_COPY by STOP_COPY to STOP, and return what STOP_COPY gives."""
         self.set_state(DeviceState.STOP_COPY)
         data = self.drain()
         self.set_state(DeviceState.STOP)
@@ -321,7 +324,10 @@ def parsed(read: Callable[[Buffer], _T], body: Buffer) -> _T:
 def pages_of(bitmap: Buffer, iova: int, length: int, page_size: int) -> set[int]:
     """Return the IOVAs that the bits of a bitmap stand for; `Failure` if a bit stands for no page of the range."""
     bits = np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little"))
-    return {iova + int(bit) * page_size for bit in bits if int(bit) * page_size < length}
+    pages = {iova + int(bit) * page_size for bit in bits}
+    if beyond := sorted(page for page in pages if page >= iova + length):
+        raise Failure(f"a bitmap of 0x{length:x} bytes at 0x{iova:x} has bits beyond them: {listed(beyond)}")
+    return pages
 
 
 def listed(pages: Sequence[int]) -> str:

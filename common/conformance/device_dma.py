@@ -39,6 +39,10 @@ def _wrote(pages: set[int]) -> set[int]:
     return pages
 
 
+def _in_second(pages: set[int]) -> set[int]:
+    return _wrote({page for page in pages if page >= SECOND})
+
+
 def _reported(device: Device) -> set[int]:
     """Return what is reported for both areas, mapping by mapping."""
     return device.report(FIRST, AREA) | device.report(SECOND, AREA)
@@ -69,7 +73,7 @@ def parts(lab: Lab) -> str:
     """Report the first page that was written, then the whole."""
     device, exerciser = _started(lab)
     written = _worked(exerciser)
-    first = min(page for page in written if page >= SECOND)
+    first = min(_in_second(written))
     part, error = device.try_report(SECOND, first - SECOND + PAGE)
     if error:
         raise Unknown(f"reports of parts are refused: {name_of_error(error)}")
@@ -86,7 +90,7 @@ def by_larger_pages(lab: Lab) -> str:
     pages, error = device.try_report(SECOND, AREA, 2 * PAGE)
     if error:
         raise Unknown(f"reports by larger pages are refused: {name_of_error(error)}")
-    _insist({page for page in written if page >= SECOND}, pages, 2 * PAGE)
+    _insist(_in_second(written), pages, 2 * PAGE)
     return f"{len(pages)} pages of {2 * PAGE} bytes"
 
 
@@ -105,7 +109,7 @@ def refused_report(lab: Lab) -> None:
 def unmapped(lab: Lab) -> str:
     """Have it write, unmap with the bitmap, or with a report after it."""
     device, exerciser = _started(lab)
-    written = {page for page in _worked(exerciser) if page >= SECOND}
+    written = _in_second(_worked(exerciser))
     request = DmaUnmap(UNMAP_GET_DIRTY_BITMAP, SECOND, AREA, PAGE, vfio.bitmap_bytes(AREA, PAGE))
     reply = device.ask(Command.DMA_UNMAP, request.pack())
     if reply.error:

@@ -14,6 +14,7 @@ from common.vfio_user.codec import Command
 from common.vfio_user.description import DeviceInfo, IrqFlags, IrqInfo, IrqSet
 
 _RESET = 1
+_QUIET = 0.1  # seconds for which an eventfd is watched
 _EVENTFD = IrqFlags.DATA_EVENTFD | IrqFlags.ACTION_TRIGGER
 
 
@@ -26,20 +27,28 @@ def _irq(device: Device) -> IrqInfo:
 
 @check("SET_IRQS gives a vector an eventfd; triggering the vector by hand signals it; count 0 takes it away.")
 def eventfd(lab: Lab) -> str:
-    """Give the first vector one, trigger it, take it away."""
+    """Give the first vector one, take it away, and trigger the vector; then give it one again, and trigger it."""
     device = lab.device()
     irq = _irq(device)
+    give = IrqSet(irq.index, _EVENTFD, 0, 1).pack()
+    off = IrqSet(irq.index, IrqFlags.DATA_NONE | IrqFlags.ACTION_TRIGGER, 0, 0).pack()
+    trigger = IrqSet(irq.index, IrqFlags.DATA_NONE | IrqFlags.ACTION_TRIGGER, 0, 1).pack()
     fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     try:
-        device.accepted(Command.DEVICE_SET_IRQS, IrqSet(irq.index, _EVENTFD, 0, 1).pack(), fds=[fd])
-        trigger = IrqSet(irq.index, IrqFlags.DATA_NONE | IrqFlags.ACTION_TRIGGER, 0, 1).pack()
+        # In this order, for a pin that has been signalled once may be masked.
+        device.accepted(Command.DEVICE_SET_IRQS, give, fds=[fd])
+        device.accepted(Command.DEVICE_SET_IRQS, off)
+        device.ask(Command.DEVICE_SET_IRQS, trigger)
+        ready, _, _ = select.select([fd], [], [], _QUIET)
+        if ready:
+            raise Failure(f"interrupt {irq.index} was triggered, and an eventfd that was taken away was signalled")
+        device.accepted(Command.DEVICE_SET_IRQS, give, fds=[fd])
         reply = device.ask(Command.DEVICE_SET_IRQS, trigger)
         if reply.error:
             raise Unknown(f"triggering by hand is refused with {name_of_error(reply.error)}")
         ready, _, _ = select.select([fd], [], [], lab.limits.answer)
         if not ready:
             raise Failure(f"interrupt {irq.index} was triggered, and its eventfd was not signalled")
-        off = IrqSet(irq.index, IrqFlags.DATA_NONE | IrqFlags.ACTION_TRIGGER, 0, 0).pack()
         device.accepted(Command.DEVICE_SET_IRQS, off)
     finally:
         os.close(fd)
@@ -53,7 +62,7 @@ def invalid(lab: Lab) -> None:
     irq = _irq(device)
     none = IrqFlags.DATA_NONE | IrqFlags.ACTION_TRIGGER
     for what, request in (
-        ("more vectors than there are", IrqSet(irq.index, none, 0, irq.count + 1)),
+        ("more vectors than there are", IrqSet(irq.index, none, 1, irq.count)),
         ("vectors beyond the last", IrqSet(irq.index, none, irq.count, 1)),
         ("vectors around 2^32", IrqSet(irq.index, none, 0xFFFF_FFFF, 2)),
         ("two kinds of data", IrqSet(irq.index, none | IrqFlags.DATA_BOOL, 0, 1)),

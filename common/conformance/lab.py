@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from common.conformance.check import Check, Failure, Outcome, Result, Unknown
 from common.conformance.device import Device
@@ -204,3 +206,9 @@ def _outcome(check: Check, lab: Lab) -> tuple[Outcome, str]:
         return Outcome.FAIL, f"{error}: {fate}" if fate else str(error)
     except Hung as error:
         return Outcome.FAIL, f"the server hangs: {lab.fate(0) or error}"
+    except UnreachableError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a server answers, the other checks go on
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {error}"
+        return Outcome.UNKNOWN, f"a defect of the check, which does not understand what came: {problem}"

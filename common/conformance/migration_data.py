@@ -127,28 +127,32 @@ def read_in_pieces(lab: Lab) -> str:
 
 @check("A migration that is cancelled in PRE_COPY leaves the device running as if nothing had happened.")
 def cancel_pre_copy(lab: Lab) -> str:
-    """Cancel before anything is read, and in the midst; then save it in full."""
-    device = lab.device()
-    device.need_migration(DeviceState.PRE_COPY)
-    for reads in (0, 1):
-        device.set_state(DeviceState.PRE_COPY)
-        for _ in range(reads):
-            device.read_data(64)
-        device.set_state(DeviceState.RUNNING)
-    return f"then {len(device.save())} bytes are saved"
-
-
-@check("A migration that is cancelled in STOP_COPY, however much was read, leaves a device that runs on.")
-def cancel_stop_copy(lab: Lab) -> str:
-    """Cancel before anything is read, and in the midst; compare, and save it in full."""
+    """Go there and back."""
     device = _prepared(lab)
+    device.need_migration(DeviceState.PRE_COPY)
+    return _cancelled(device, DeviceState.PRE_COPY, DeviceState.RUNNING)
+
+
+@check("A migration that is cancelled in STOP_COPY, however much was read, leaves a device that runs on as it was.")
+def cancel_stop_copy(lab: Lab) -> str:
+    """Go there and back."""
+    device = _prepared(lab)
+    return _cancelled(device, DeviceState.STOP_COPY, DeviceState.STOP, DeviceState.RUNNING)
+
+
+def _cancelled(device: Device, saving: DeviceState, *back: DeviceState) -> str:
+    """Cancel before anything is read, and in the midst; compare the device with what it was, and save it in full."""
+    before = device.contents()
+    time.sleep(_TICK)
+    later = device.contents()
     for reads in (0, 1):
-        device.set_state(DeviceState.STOP_COPY)
+        device.set_state(saving)
         for _ in range(reads):
             device.read_data(64)
-        device.set_state(DeviceState.STOP)
-        device.set_state(DeviceState.RUNNING)
-    return f"then {len(device.save())} bytes are saved"
+        for state in back:
+            device.set_state(state)
+    words = _compared(before, device.contents(), later)
+    return f"{words}; then {len(device.save())} bytes are saved"
 
 
 @check("Leaving RESUMING is where a device says whether it has a whole state: one that is cut off is refused.")
@@ -157,11 +161,26 @@ def truncated_data(lab: Lab) -> str:
     device = lab.device()
     device.need_migration()
     data = device.save()
+    return _cut_off(device, data, len(data) // 2)
+
+
+@check("A state that PRE_COPY began is whole with all that STOP_COPY gives: one that is cut off there is refused.")
+def truncated_pre_copy(lab: Lab) -> str:
+    """Load what came in PRE_COPY and half of what came in STOP_COPY; then find a way back to RUNNING."""
+    device = lab.device()
+    device.need_migration(DeviceState.PRE_COPY)
+    device.set_state(DeviceState.PRE_COPY)
+    early = device.drain()
+    late = device.save()
+    return _cut_off(device, early + late, len(early) + len(late) // 2)
+
+
+def _cut_off(device: Device, data: bytes, count: int) -> str:
     device.set_state(DeviceState.RESUMING)
-    device.write_data(data[: len(data) // 2])
+    device.write_data(data[:count])
     error = device.try_state(DeviceState.STOP)
     if not error:
-        raise Failure(f"{len(data) // 2} of {len(data)} bytes are taken for a state")
+        raise Failure(f"{count} of {len(data)} bytes are taken for a state")
     state = device.get_state()
     if device.ask(Command.DEVICE_RESET).error:
         raise Unknown(f"refused with {name_of_error(error)}; then in {state.name}, where DEVICE_RESET is refused")

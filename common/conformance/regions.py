@@ -15,6 +15,8 @@ def bounds(lab: Lab) -> None:
     """Read and write around the ends."""
     device = lab.device()
     size = device.regions[CONFIG_REGION].size if CONFIG_REGION in device.regions else 256
+    if size < 4:
+        raise Unknown(f"configuration space has {size} bytes, in which no 4 can be read")
     for what, region, offset, count in (
         ("beyond the end", CONFIG_REGION, size, 4),
         ("across the end", CONFIG_REGION, size - 2, 4),

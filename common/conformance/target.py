@@ -1,29 +1,26 @@
 """Where servers come from: one that listens already, or a command that starts as many as are needed.
 
-Whatever a server does, it is waited for with a limit. Servers that a command starts have a process group each, which is
-killed and reaped whatever becomes of them.
+Whatever a server does, it is waited for with a limit. Servers that a command starts are ended with whatever they have
+started, whatever becomes of them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Protocol
 
+from common.vfio_user.server_process import ServerProcess
+
 __all__ = ["CommandTarget", "Instance", "SocketTarget", "Target", "UnreachableError"]
 
 _PLACEHOLDER = "{socket}"
-_TAIL = 400  # bytes of a server's output that are kept
-_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 
 
 class UnreachableError(Exception):
@@ -117,20 +114,12 @@ class _Process:
     def __init__(self, arguments: list[str]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="switchover-check-"))
         self._path = self._folder / "device.sock"
-        self._output = b""
         try:
-            self._process = subprocess.Popen(
-                [argument.replace(_PLACEHOLDER, str(self._path)) for argument in arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._process = ServerProcess([argument.replace(_PLACEHOLDER, str(self._path)) for argument in arguments])
         except OSError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise UnreachableError(f"{arguments[0]}: {error.strerror or error}") from None
-        self._reader = threading.Thread(target=self._keep_output, daemon=True)
-        self._reader.start()
+        self._process.attend()
 
     def connect(self, seconds: float) -> socket.socket:
         end = time.monotonic() + seconds
@@ -146,35 +135,25 @@ class _Process:
             time.sleep(0.005)
 
     def fate(self, seconds: float) -> str | None:
-        try:
-            status = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        status = self._process.wait(seconds)
+        if status is None:
             return None
-        self._reader.join(_GRACE)
-        words = self._output.decode(errors="replace").strip().rpartition("\n")[2].strip()
+        words = self._process.last_words()
         last = f'; its last words: "{words}"' if words else ""
         if status < 0:
-            return f"the server died of {signal.Signals(-status).name}{last}"
+            return f"the server died of {_name_of_signal(-status)}{last}"
         return f"the server ended with status {status}{last}"
 
     def crashed(self) -> bool:
-        return self._process.poll() not in {None, 0}
+        return self._process.wait(0) not in {None, 0}
 
     def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_GRACE)
-        # Whatever is left of the group, also where its first process is gone already.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._reader.join(_GRACE)
-        if self._process.stdout is not None and not self._reader.is_alive():
-            self._process.stdout.close()
+        self._process.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _keep_output(self) -> None:
-        assert self._process.stdout is not None
-        while data := os.read(self._process.stdout.fileno(), 65536):
-            self._output = (self._output + data)[-_TAIL:]
+
+def _name_of_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of the real-time ones only the first and the last have a name
+        return f"signal {number}"

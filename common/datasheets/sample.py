@@ -12,7 +12,10 @@ two of them there is less DMA. The clock of a device that is stopped stands at 0
 them reads as zero and ignores writes. Bus mastering is on after power-on: the clients that the device is made for never
 switch it on.
 The state is that of theirs, so it moves between ours and theirs: the memory, and TIMER, negated if it is not armed.
-PRE_COPY brings the memory, and STOP_COPY begins again with it; so of what is loaded, what counts is the end.
+PRE_COPY brings the memory, and STOP_COPY begins again with it; so of what is loaded, what counts is the end. Where ours
+has begun to bring the memory in PRE_COPY and was stopped, STOP_COPY brings the rest of it first: a whole stream has one
+of two lengths, and every other is refused. Nothing in it tells more: one that is cut off 8 bytes after the end of
+PRE_COPY has the length of a whole one without PRE_COPY, and is taken for it.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class _Format:
         return _Saving(self.ram)
 
     def load(self) -> _Loading:
-        return _Loading(len(self.ram) + sample.TIMER_SIZE)
+        return _Loading(len(self.ram), len(self.ram) + sample.TIMER_SIZE)
 
     def length(self, state: bytes) -> int:
         return len(self.ram) + len(state)
@@ -143,36 +143,47 @@ class _Format:
 class _Saving:
     def __init__(self, ram: bytearray) -> None:
         self._ram = ram
-        self._cursor = 0
-        self._state: bytes | None = None
+        self._cursor = 0  # in PRE_COPY
+        self._ending: memoryview | None = None  # what is left to read in STOP_COPY
 
     def info(self) -> PrecopyInfo:
         return PrecopyInfo(len(self._ram) - self._cursor, 0)
 
     def finish(self, state: bytes) -> None:
-        self._cursor, self._state = 0, state
+        self._ending = memoryview(self._begun() + self._ram + state)
 
     def remaining(self, state: bytes) -> int:
-        return len(self._ram) + len(state) if self._state is None else len(self._ram + self._state) - self._cursor
+        return len(self._begun() + self._ram + state) if self._ending is None else len(self._ending)
 
     def read(self, size: int) -> memoryview:
-        part = (self._ram + (self._state or b""))[self._cursor : self._cursor + size]
-        self._cursor += len(part)
-        return memoryview(part)
+        if self._ending is None:
+            part = memoryview(self._ram[self._cursor : self._cursor + size])
+            self._cursor += len(part)
+        else:
+            part, self._ending = self._ending[:size], self._ending[size:]
+        return part
+
+    def _begun(self) -> bytearray:
+        """Return the rest of the memory that PRE_COPY has begun to bring: its length says that it was brought."""
+        return self._ram[self._cursor :] if self._cursor else bytearray()
 
 
 class _Loading:
-    """Keeps the last bytes: those of STOP_COPY, whether or not those of PRE_COPY were given before them."""
+    """Keeps the last bytes, which are those of STOP_COPY; before them all those of PRE_COPY were given, or none."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, memory: int, size: int) -> None:
+        self._memory = memory
         self._size = size
+        self._length = 0
         self._data = bytearray()
 
     def write(self, data: Buffer) -> None:
+        self._length += len(data)
         self._data += data
         del self._data[: -self._size]
 
     def finish(self) -> bytes:
-        if len(self._data) < self._size:
-            raise ValueError(f"the state is incomplete: {len(self._data)} of {self._size} bytes")
+        if self._length - self._size not in {0, self._memory}:
+            whole = f"{self._size} bytes, or {self._memory + self._size} with PRE_COPY"
+            raise ValueError(f"{self._length} bytes are no whole state, which has {whole}")
         return bytes(self._data)

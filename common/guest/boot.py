@@ -2,7 +2,7 @@
 
 `{"programs": [{"program", "name", "area_gpa", "area_size", …knobs}], "devices": [{"name", "kind", "container",
 "viommu", "bars": {"0": gpa}, "doorbell_fd", "vectors"}], "fresh"}`; descriptors are given as indexes into those that
-came with the message.
+came before it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Boot:
 
 
 def parse(boot: object, fds: int) -> Boot:
-    """Check a boot message that came with `fds` descriptors; `TypeError` or `ValueError` with a sentence."""
+    """Check a boot message that came after `fds` descriptors; `TypeError` or `ValueError` with a sentence."""
     members = _expect(boot, dict, "boot")
     programs = tuple(_program(item) for item in _take(members, "programs", list, "boot"))
     devices = tuple(_device(item, fds) for item in _take(members, "devices", list, "boot"))

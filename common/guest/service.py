@@ -50,11 +50,18 @@ def serve_vcpu(vcpu: Vcpu, control: socket.socket) -> None:
 
 
 def _handlers(vcpu: Vcpu) -> dict[str, Handler]:
+    received: list[int] = []  # more than one message can carry
+
+    def descriptors(request: Message) -> None:
+        received.extend(request.fds)
+
     def attach(request: Message) -> None:
+        fds = received[:]
+        received.clear()
         try:
-            vcpu.attach(parse(request["boot"], len(request.fds)), request.fds)
+            vcpu.attach(parse(request["boot"], len(fds)), fds)
         except BaseException:
-            for fd in request.fds:
+            for fd in fds:
                 os.close(fd)
             raise
 
@@ -95,7 +102,7 @@ def _handlers(vcpu: Vcpu) -> dict[str, Handler]:
         return vcpu.report()
 
     handlers: tuple[Handler, ...] = (
-        *(attach, run, pause, state_out, state_in),
+        *(descriptors, attach, run, pause, state_out, state_in),
         *(dirty_log_start, dirty_log_stop, dirty_log, journal_start, journal, throttle, report),
     )
     return {handler.__name__: _refusing(handler) for handler in handlers}

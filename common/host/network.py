@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import grpc
 import structlog
 
 from common.rpc.access import ANYBODY, Access
-from common.rpc.tls import TlsError, channel_credentials, server_credentials
+from common.rpc.tls import TlsError, channel_credentials, client_context, server_context, server_credentials
 
 __all__ = ["Network", "Security"]
 
@@ -25,23 +26,40 @@ class Security:
     server: grpc.ServerCredentials | None = None
     channel: grpc.ChannelCredentials | None = None
     access: Access = ANYBODY
+    lane_server: ssl.SSLContext | None = None
+    lane_client: ssl.SSLContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The operator's word on it: a directory as `common.rpc.tls` reads, and whose certificates may do what."""
+    """The operator's word on it: a directory as `common.rpc.tls` reads, and whose certificates may do what.
+
+    `lane_port` is for page lanes of the kind tcp, on the host of `listen`; 0: any.
+    """
 
     listen: str
     tls: Path | None = None
     insecure: bool = False
     access: Access = ANYBODY
+    lane_port: int = 0
+
+    @property
+    def lane_listen(self) -> tuple[str, int]:
+        """Where page lanes of the kind tcp are listened for: host and port."""
+        return self.listen.rpartition(":")[0].strip("[]"), self.lane_port
 
     def secure(self) -> Security:
         """Return credentials and rules; raise TlsError if files are wrong, or if anybody could reach the port."""
         if self.tls is not None:
             if self.insecure:
                 raise TlsError("--tls and --insecure contradict each other")
-            return Security(server_credentials(self.tls), channel_credentials(self.tls), self.access)
+            return Security(
+                server_credentials(self.tls),
+                channel_credentials(self.tls),
+                self.access,
+                server_context(self.tls),
+                client_context(self.tls),
+            )
         if self.access != ANYBODY:
             raise TlsError("--allow-source and --allow-operator are names of certificates: give --tls DIRECTORY too")
         if _is_reached_by_others(self.listen):

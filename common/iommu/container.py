@@ -175,7 +175,8 @@ class Container:
         for index, device in enumerate(self._devices[:devices]):
             answer: Words | None = None
             try:
-                answer = device.dma_unmap(iova, size, bitmap=covered)
+                bitmap = covered and tracker is not None and tracker.bitmap_at_unmap(index)
+                answer = device.dma_unmap(iova, size, bitmap=bitmap)
             except OSError as error:
                 text = f"{self.name}: {device.name}: cannot unmap IOVA {iova:#x} size {size:#x} (DMA_UNMAP)"
                 failure = failure or device_error(error, text)

@@ -27,6 +27,8 @@ __all__ = ["DmaLog", "device_error", "fits"]
 
 _log = logging.getLogger(__name__)
 
+_LARGEST_PAGE = 1 << 30
+
 
 def device_error(error: OSError, text: str) -> OSError:
     """Return an error with the same errno that says `text` and the errno's meaning."""
@@ -99,7 +101,7 @@ class DmaLog:
                 raise device_error(error, text) from error
             if log not in self._running:
                 self._running.append(log)
-            if used < PAGE_SIZE or used & (used - 1):
+            if not PAGE_SIZE <= used <= _LARGEST_PAGE or used & (used - 1):
                 self.stop()
                 text = f"{self._container}: {log.device.name}: logs pages of {used} bytes, which cannot be reported"
                 raise OSError(errno.EPROTO, text)
@@ -140,6 +142,10 @@ class DmaLog:
                 raise OSError(errno.EPROTO, f"{text}: the answer is no bitmap of {pages} pages")
             np.bitwise_or(union, words, out=union)
         return union
+
+    def page_size(self, index: int) -> int:
+        """Return the bytes of the pages that the device at `index` logs."""
+        return self._logs[index].page_size
 
     def report_unmapped(self, index: int, mapping: Mapping) -> Words | None:
         """Return what the device at `index` wrote to a mapping that it has given up; None if its log cannot tell.

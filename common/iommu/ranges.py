@@ -24,6 +24,7 @@ from common.vfio.feature import LOG_MAX_RANGES, Range
 
 __all__ = [
     "MAX_BITMAP",
+    "MAX_EXACT_BITMAP",
     "Attempt",
     "Coverage",
     "StartPlan",
@@ -38,6 +39,9 @@ Strategy = Literal["auto", "mapped", "minmax", "aperture"]
 
 MAX_BITMAP = 1 << 20
 """Largest bitmap of one REPORT in bytes: 32 GiB of IOVA space."""
+
+MAX_EXACT_BITMAP = 16 << 20
+"""Largest bitmap in bytes that is asked for where nothing but a whole mapping can be reported: 512 GiB."""
 
 # A REPORT costs a round trip of some 70 µs to each device; in that time a bitmap grows by about 64 KiB of zeros.
 _GAP = (64 << 10) * 8 * PAGE_SIZE
@@ -63,13 +67,15 @@ class StartPlan:
 class Coverage:
     """The union of armed ranges: what a log has seen.
 
-    `alignment` is the devices' page size in bytes where they cannot be asked for more than a mapping: a mapping that
-    shares such a page with another is then not covered, because asking for one would clear the bits of both.
+    `exact` are devices that cannot be asked for more or less than a mapping. Then a mapping that shares one of their
+    pages of `granule` bytes with another is not covered, because asking for one would clear the bits of both, and none
+    whose bitmap would have more than `MAX_EXACT_BITMAP` bytes.
     """
 
-    def __init__(self, ranges: Sequence[Range], alignment: int = PAGE_SIZE) -> None:
+    def __init__(self, ranges: Sequence[Range], *, exact: bool = False, granule: int = PAGE_SIZE) -> None:
         self.ranges = tuple(ranges)
-        self._alignment = alignment
+        self._alignment = granule if exact else PAGE_SIZE
+        self._largest = MAX_EXACT_BITMAP * 8 * PAGE_SIZE if exact else 1 << 62
         starts = np.array([item.iova for item in ranges], np.int64)
         merged = merge(starts, starts + np.array([item.length for item in ranges], np.int64), max(1, len(ranges)))
         self._starts = np.array([item.iova for item in merged], np.int64)
@@ -85,7 +91,7 @@ class Coverage:
             return np.zeros(len(starts), np.bool_)
         index = np.searchsorted(self._starts, starts, side="right") - 1
         inside = (index >= 0) & (starts + sizes <= self._ends[index])
-        covered: NDArray[np.bool_] = inside & ((starts | sizes) % self._alignment == 0)
+        covered: NDArray[np.bool_] = inside & ((starts | sizes) % self._alignment == 0) & (sizes <= self._largest)
         return covered
 
 
@@ -160,7 +166,7 @@ def plan_windows(
     `granule` is the largest page size in bytes that a device logs with: windows are whole granules, for a report may
     clear the rest of one. A bitmap has a bit for 4 KiB and at most `max_bitmap` bytes. If all fits into one, it is one
     window (QEMU series patch 16); else gaps stay out that cost more than a message. If the devices take no `arbitrary`
-    ranges, each mapping is a window, however large.
+    ranges, each mapping is a window, however large: what is too large for that is not covered.
     """
     wanted = arrays.ram_writable & coverage.mask(arrays.starts, arrays.sizes)
     starts, ends = arrays.starts[wanted], arrays.ends[wanted]

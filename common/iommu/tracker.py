@@ -137,6 +137,10 @@ class Tracker:
         """Whether the logs see every write to a mapping; the caller has the turn."""
         return self._coverage.covers(mapping.iova, mapping.size)
 
+    def bitmap_at_unmap(self, index: int) -> bool:
+        """Whether the device at `index` can be asked for 4 KiB pages as it unmaps: the log has that page size."""
+        return self._log is not None and self._log.page_size(index) == PAGE_SIZE
+
     def ask_unmapped(self, index: int, mapping: Mapping) -> Words | None:
         """Ask the device at `index` for what it wrote to a mapping that it has given up; the caller has the turn."""
         assert self._log is not None
@@ -248,7 +252,7 @@ class Tracker:
                 continue
             said = "".join(f"; refused: {error.strerror}" for error in refusals)
             self.method = Method(self.method.kind, f"{self._reason}; {reason}: {attempt.what}{said}")
-            return Coverage(attempt.ranges, PAGE_SIZE if log.arbitrary else log.granule)
+            return Coverage(attempt.ranges, exact=not log.arbitrary, granule=log.granule)
         raise refusals[-1]
 
     def _rearm(self) -> int | None:

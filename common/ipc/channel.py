@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "MAX_FDS",
     "Buffer",
     "Client",
     "ClosedError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from common.machine.machine import Machine
 from common.machine.service import MachineService
 from common.trace import LOG_LEVEL
 
+DESCRIPTORS = 8192  # enough for as many devices as there may be, with their sockets, interrupts and doorbells
+
 
 def main() -> int:
     """Build the machine that `machine.json` in the directory describes, and serve it until it ends."""
@@ -24,6 +27,8 @@ def main() -> int:
     parser.add_argument("--incarnation", type=int, required=True)
     parser.add_argument("--incoming", action="store_true")
     arguments = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, DESCRIPTORS), most))
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LOG_LEVEL))
     try:
         spec = from_json((arguments.directory / "machine.json").read_bytes())

@@ -1,7 +1,8 @@
 """Where things are on the board: the guest physical addresses of program areas and BARs.
 
-A pure function of the machine's description, so that both hosts build the same board from it and nothing about it has
-to travel. Below 4 GiB a PC has a hole (`common.memory.layout`); BARs that are small live there, as firmware places
+A pure function of the machine's description and of the sizes of its devices' BARs, so that both hosts build the same
+board. Of all that only those sizes, which a device tells itself, could differ: a source compares them before it moves
+anything. Below 4 GiB a PC has a hole (`common.memory.layout`); BARs that are small live there, as firmware places
 them, and large ones above all RAM, in the PCI-64 window.
 """
 

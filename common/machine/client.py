@@ -46,7 +46,7 @@ Words = npt.NDArray[np.uint64]
 class DeviceInfo:
     """What a migration must know of a device. `migration_flags` is 0 for one that cannot migrate.
 
-    `notes`: what is not known of it, in sentences.
+    `notes`: what is not known of it, in sentences. `bar_sizes`: of BARs 0 to 5 in bytes, 0 where there is none.
     """
 
     name: str
@@ -55,6 +55,7 @@ class DeviceInfo:
     state: str
     comparable_dump: bool
     notes: Sequence[str] = ()
+    bar_sizes: Sequence[int] = (0,) * 6
 
     @property
     def has_precopy(self) -> bool:

@@ -16,7 +16,7 @@ from common.machine.device_config import DeviceSpec
 from common.machine.device_process import StartedDevice
 from common.vfio.feature import Buffer, PrecopyInfo
 from common.vfio.migration import PRECOPY_STATES, SAVING_STATES, DeviceState, MigrationFlags
-from common.vfio_user.client import VfioUserClient
+from common.vfio_user.client import DeviceError, VfioUserClient
 from common.vfio_user.description import IrqInfo
 
 __all__ = ["AttachedDevice", "Digest", "Pending", "ResetFailedError", "ResetInsteadError", "Sizes"]
@@ -33,6 +33,7 @@ VFIO_IRQ_SET_DATA_EVENTFD_ACTION_TRIGGER = 0x24
 VFIO_REGION_INFO_FLAG_READ = 1
 MAX_VECTORS = 32  # that are given to the guest
 READ_SIZE = 1 << 20
+EVENTFD = "anon_inode:[eventfd]"
 _NOT_THERE = frozenset({errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -51,7 +52,10 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """xxh3_64 of everything that can be read of a stopped device; `dump` is 0 where no dump can be compared."""
+    """xxh3_64 of everything that can be read of a stopped device; `dump` is 0 where no dump can be compared.
+
+    `compared`: there is more than its config space, so that what it holds is compared too.
+    """
 
     config: int
     bars: tuple[int, ...]
@@ -101,6 +105,13 @@ class AttachedDevice:
         self._read_session = 0  # of the last read
         # Held by changes of state and by what must not fall into two sessions.
         self._lock = threading.Lock()
+        self.config_size = next((region.size for region in client.regions if region.index == CONFIG_REGION), 0)
+        if not pci_config.MIN_SIZE <= self.config_size <= pci_config.MAX_SIZE:
+            raise DeviceError(
+                errno.EPROTO,
+                f"{self.name}: its configuration space has {self.config_size} bytes, that of a PCI device has from "
+                f"{pci_config.MIN_SIZE} to {pci_config.MAX_SIZE}",
+            )
         self.bar_sizes = {region.index: region.size for region in client.regions if region.index < 6 and region.size}
         kinds = {irq.index: irq for irq in client.irqs if irq.count}
         irq = next((kinds[index] for index in INTERRUPTS if index in kinds), IrqInfo(VFIO_PCI_INTX_IRQ_INDEX))
@@ -114,11 +125,16 @@ class AttachedDevice:
 
     def _find_doorbells(self) -> list[int]:
         try:
-            return [area.fd for area in self.client.get_region_io_fds(0)]
+            found = [area.fd for area in self.client.get_region_io_fds(0)]
         except OSError as error:
             if error.errno in _NOT_THERE:
                 return []
             raise
+        if any(os.readlink(f"/proc/self/fd/{fd}") != EVENTFD for fd in found):
+            for fd in set(found):
+                os.close(fd)
+            raise DeviceError(errno.EPROTO, f"{self.name}: a descriptor that it gives as a doorbell is no eventfd")
+        return found
 
     @property
     def migration_flags(self) -> MigrationFlags:
@@ -157,6 +173,11 @@ class AttachedDevice:
         return found
 
     @property
+    def reports_ranges(self) -> bool:
+        """Whether its log can be asked for any range, of unmapped IOVAs too (docs/vfio-user-extensions.md)."""
+        return self.client.extension is not None and self.client.extension.report_ranges
+
+    @property
     def has_iommu_dirty(self) -> bool:
         """Whether there is an IOMMU in front of it whose dirty bits can be asked for."""
         return self.client.extension is not None and self.client.extension.iommu_dirty
@@ -171,8 +192,16 @@ class AttachedDevice:
         """The number of the saving session, 0 if there is none."""
         return self._sessions if self._state in SAVING_STATES else 0
 
-    def enter(self, target: DeviceState, recover: DeviceState = DeviceState.ERROR) -> None:
+    def enter(
+        self,
+        target: DeviceState,
+        recover: DeviceState = DeviceState.ERROR,
+        *,
+        only_from: DeviceState | None = None,
+    ) -> None:
         """Change the migration state, step by step as the device decides; do nothing if it is there already.
+
+        `only_from`: for who knows it in that state and may be late; OSError EINVAL if it is in another.
 
         On failure go to `recover` if that is not ERROR, else or if that fails too reset the device, and raise the first
         error, as it is or as `ResetInsteadError` (QEMU: vfio_migration_set_state; contract M2). ResetFailedError if
@@ -181,6 +210,8 @@ class AttachedDevice:
         with self._lock:
             if self._state is target or not self.migration_flags:
                 return
+            if only_from is not None and only_from is not self._state:
+                raise OSError(errno.EINVAL, f"{self.name}: is in {self._state.name}, not in {only_from.name}")
             try:
                 self.client.set_state(target)
             except OSError as error:
@@ -272,8 +303,7 @@ class AttachedDevice:
 
     def config_space(self) -> bytes:
         """Read the whole PCI configuration space."""
-        size = next(region.size for region in self.client.regions if region.index == CONFIG_REGION)
-        return bytes(self.client.region_read(CONFIG_REGION, 0, size))
+        return bytes(self.client.region_read(CONFIG_REGION, 0, self.config_size))
 
     def restore_config(self, config: bytes) -> None:
         """Write back what a guest had written and what is not there yet (contract M7)."""
@@ -318,10 +348,11 @@ class AttachedDevice:
 
     def _hash_dump(self) -> int:
         state = xxhash.xxh3_64()
-        self.enter(DeviceState.STOP_COPY, recover=DeviceState.STOP)
+        # The migration may end while this is read: then somebody else has taken the device away.
+        self.enter(DeviceState.STOP_COPY, recover=DeviceState.STOP, only_from=DeviceState.STOP)
         while data := self.client.mig_data_read(READ_SIZE):
             state.update(data)
-        self.enter(DeviceState.STOP, recover=DeviceState.STOP)
+        self.enter(DeviceState.STOP, recover=DeviceState.STOP, only_from=DeviceState.STOP_COPY)
         return state.intdigest()
 
     def close(self) -> None:
@@ -334,9 +365,12 @@ class AttachedDevice:
 
 def _drain(eventfds: Sequence[int]) -> tuple[int, ...]:
     signalled = []
+    count = bytearray(8)
     for index, fd in enumerate(eventfds):
         try:
-            os.eventfd_read(fd)
+            # A device that made it may have made it blocking, and may read it too: no poll could promise that this
+            # read does not wait.
+            os.preadv(fd, [count], -1, os.RWF_NOWAIT)
         except BlockingIOError:
             continue
         signalled.append(index)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from common.machine.device_config import Attachment, DeviceSpec
 from common.vfio_user.client import DeviceError, VfioUserClient
+from common.vfio_user.server_process import ServerProcess
 
 __all__ = ["StartedDevice", "connect", "start"]
 
 # A device that does not answer for so long has died; loading a state may take it half of that.
 REQUEST_SECONDS = 60.0
 START_SECONDS = 20.0
-STOP_SECONDS = 2.0
 PR_SET_PDEATHSIG = 1
 
 _libc = ctypes.CDLL(None)
@@ -31,30 +28,26 @@ _libc = ctypes.CDLL(None)
 class StartedDevice:
     """A device that is there or will be: its socket, and its process if it is ours to start."""
 
-    def __init__(self, name: str, socket: Path, process: subprocess.Popen[bytes] | None, log: Path) -> None:
+    def __init__(self, name: str, socket: Path, process: ServerProcess | None) -> None:
         self.name = name
         self.socket = socket
         self.process = process
-        self._log = log
 
-    def ended(self) -> str | None:
-        """Return how its process has ended, with its last words; None if it has not, or there is none."""
-        if self.process is None or self.process.poll() is None:
+    def ended(self, seconds: float | None = 0) -> str | None:
+        """Wait so long for the end of its process; return how it has ended, with its last words.
+
+        None if it has not, or there is none.
+        """
+        status = None if self.process is None else self.process.wait(seconds)
+        if self.process is None or status is None:
             return None
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        said = f": {lines[-1][:200]}" if lines else ""
-        return f"its process has ended with exit code {self.process.returncode}{said}"
+        words = self.process.last_words()
+        return f"its process has ended with exit code {status}{f': {words}' if words else ''}"
 
     def close(self) -> None:
         """End its process, and whatever that has started."""
-        if self.process is None:
-            return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_SECONDS)
-                return
+        if self.process is not None:
+            self.process.stop()
 
 
 def start(spec: DeviceSpec, directory: Path, *, trace: bool) -> StartedDevice:
@@ -72,26 +65,20 @@ def start(spec: DeviceSpec, directory: Path, *, trace: bool) -> StartedDevice:
     else:
         path = Path(spec.attachment.socket or path)
         command = _command(spec.name, spec.attachment, path)
-    log_path = directory / f"{spec.name}.log"
     if not command:
-        return StartedDevice(spec.name, path, None, log_path)
-    with log_path.open("ab") as log:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,
-                preexec_fn=_end_with_the_machine,
-            )
-        except OSError as error:
-            raise OSError(error.errno, f"{spec.name}: {command[0]}: {error.strerror}") from error
-    return StartedDevice(spec.name, path, process, log_path)
+        return StartedDevice(spec.name, path, None)
+    try:
+        process = ServerProcess(command, _end_with_the_machine)
+    except OSError as error:
+        raise OSError(error.errno, f"{spec.name}: {command[0]}: {error.strerror}") from error
+    return StartedDevice(spec.name, path, process)
 
 
 def _end_with_the_machine() -> None:
-    """Die when the machine process does, however it does: that is a device's power failure too."""
+    """Die when the machine process does, however it does: that is a device's power failure too.
+
+    A server that has started another one dies alone: the kernel tells nobody but a process's own children.
+    """
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -105,6 +92,8 @@ def _command(name: str, attachment: Attachment, path: Path) -> list[str]:
 
 def connect(started: StartedDevice) -> VfioUserClient:
     """Connect to a device; wait until it listens if we have started it. OSError says why it cannot be had."""
+    if started.process is not None:
+        started.process.attend()
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:

@@ -8,10 +8,12 @@ between two steps of their engines is asked in the machine's turn (`common.iommu
 from __future__ import annotations
 
 import errno
-import subprocess
 import threading
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +64,17 @@ class Machine:
         self.pending: dict[str, Pending] = {}
         self._closing = False
         self.ram = GuestRam.create(spec.ram_size)
-        started = [device_process.start(device, directory, trace=spec.trace) for device in spec.devices]
+        with ExitStack() as undo:
+            self._build(directory, undo, incoming=incoming)
+            undo.pop_all()
+
+    def _build(self, directory: Path, undo: ExitStack, *, incoming: bool) -> None:
+        """Start all processes; what `undo` does is for when that fails."""
+        spec = self.spec
+        started = []
+        for described in spec.devices:
+            started.append(device_process.start(described, directory, trace=spec.trace))
+            undo.callback(started[-1].close)
         self.vcpus = Vcpus(self.ram, directory, traps(self))
         if not incoming and spec.images:
             start_page = self.ram.layout.offset_of(image_start(len(spec.programs)), PAGE_SIZE) // PAGE_SIZE
@@ -88,10 +100,10 @@ class Machine:
             name: self._container(name) for name in dict.fromkeys(device.container for device in spec.devices)
         }
         self._boot(fresh=not incoming)
-        self._watch("vCPUs", self.vcpus.process)
+        self._watch("vCPUs", lambda: f"its process has ended with exit code {self.vcpus.process.wait()}")
         for its in started:
             if its.process is not None:
-                self._watch(its.name, its.process)
+                self._watch(its.name, partial(its.ended, None))
         for device in self.devices.values():
             if device.spec.attachment is not None:
                 self._watch_connection(device)
@@ -107,7 +119,8 @@ class Machine:
                     device.name,
                     dma_logging=device.client.dma_logging and device.spec.device_dirty_tracking,
                     iommu_dirty=device.has_iommu_dirty and device.spec.iommu_dirty_tracking,
-                    report_ranges=device.client.extension is not None and device.client.extension.report_ranges,
+                    report_ranges=device.reports_ranges,
+                    log_outlives_mapping=device.reports_ranges,
                 )
                 for device in members
             ],
@@ -168,11 +181,11 @@ class Machine:
                     if bar.size % PAGE_SIZE == 0:
                         container.map(bar.gpa, bar.size, bar.gpa)
 
-    def _watch(self, name: str, process: subprocess.Popen[bytes]) -> None:
+    def _watch(self, name: str, ended: Callable[[], str | None]) -> None:
         def wait() -> None:
-            code = process.wait()
+            how = ended()
             if not self._closing:
-                self.fail(f"the process of {name} has ended with exit code {code}")
+                self.fail(f"{name}: {how}")
 
         threading.Thread(target=wait, name=f"watch {name}", daemon=True).start()
 
@@ -257,11 +270,18 @@ class Machine:
         for device in self.devices.values():
             self.enter(device, state, recover)
 
-    def enter(self, device: AttachedDevice, state: DeviceState, recover: DeviceState = DeviceState.ERROR) -> None:
+    def enter(
+        self,
+        device: AttachedDevice,
+        state: DeviceState,
+        recover: DeviceState = DeviceState.ERROR,
+        *,
+        only_from: DeviceState | None = None,
+    ) -> None:
         """Take a device to a state, in the machine's turn; the machine has failed if the device cannot be reset."""
         try:
             with self.turn:
-                device.enter(state, recover)
+                device.enter(state, recover, only_from=only_from)
         except ResetFailedError as error:
             self.fail(f"a device could not be reset: {error.strerror}")
             raise

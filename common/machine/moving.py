@@ -112,14 +112,12 @@ class Leaving:
 
     def rest(self) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Pending]]:
         """Return vCPU state, config spaces, and what was pending, which is taken out of the eventfds."""
-        devices = self._machine.devices
+        devices, pending = self._machine.devices, self._machine.pending
         configs = {name: device.config_space() for name, device in devices.items()}
-        # A machine that came paused has not signalled yet what was pending when it came.
-        pending = {
-            name: device.drain() | self._machine.pending.get(name, Pending()) for name, device in devices.items()
-        }
-        self._machine.pending = pending
-        return self._machine.vcpus.state_out(), configs, pending
+        for name, device in devices.items():
+            # A machine that came paused has not signalled yet what was pending when it came.
+            pending[name] = device.drain() | pending.get(name, Pending())
+        return self._machine.vcpus.state_out(), configs, dict(pending)
 
     def could_have_written(self, page: int) -> list[str]:
         """Return who could have written a page by DMA while it was tracked, and how that was tracked.
@@ -246,8 +244,16 @@ class Arriving:
         *,
         paused: bool,
     ) -> None:
-        """Take all devices out of RESUMING side by side, which validates their state; restore all the rest."""
+        """Take all devices out of RESUMING side by side, which validates their state; restore all the rest.
+
+        OSError: EINVAL, and nothing is done, for what fits no device.
+        """
         devices = self._machine.devices
+        for name, config in configs.items():
+            if len(config) != devices[name].config_size:
+                raise OSError(
+                    errno.EINVAL, f"{name}: {len(config)} bytes for {devices[name].config_size} of config space"
+                )
         for name, its in pending.items():
             device = devices[name]
             if max(its.vectors, default=-1) >= len(device.interrupts):

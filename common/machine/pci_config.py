@@ -1,14 +1,28 @@
 """PCI configuration space as a VMM sees it: where capabilities are, what a guest has written and must find again.
 
-Pure functions of the bytes. A VMM keeps this for a device, as it is no part of the device's own state (contract M7).
+Pure functions of the bytes, of which there are as many as a PCI device must have. A VMM keeps this for a device, as it
+is no part of the device's own state (contract M7).
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["COMMAND", "MSI", "MSIX", "MSIX_ENABLE", "MSI_ENABLE", "Register", "capability", "guest_registers"]
+__all__ = [
+    "COMMAND",
+    "MAX_SIZE",
+    "MIN_SIZE",
+    "MSI",
+    "MSIX",
+    "MSIX_ENABLE",
+    "MSI_ENABLE",
+    "Register",
+    "capability",
+    "guest_registers",
+]
 
+MIN_SIZE: Final = 64  # kernel: PCI_STD_HEADER_SIZEOF
+MAX_SIZE: Final = 4096  # kernel: PCI_CFG_SPACE_EXP_SIZE
 COMMAND: Final = 0x04
 COMMAND_MEMORY: Final = 1 << 1
 COMMAND_BUS_MASTER: Final = 1 << 2

@@ -205,6 +205,7 @@ class _Connection:
                     "state": device.state.name,
                     "comparable_dump": device.client.extension is not None and device.client.extension.comparable_dump,
                     "notes": device.notes,
+                    "bar_sizes": [device.bar_sizes.get(index, 0) for index in range(6)],
                 }
                 for device in self._machine.devices.values()
             ]
@@ -293,7 +294,10 @@ class _Connection:
         self._leaving().stop_devices()
 
     def leave_stop_copy(self, request: Message) -> None:
-        self._machine.enter(self._machine.devices[request["name"]], DeviceState.STOP, recover=DeviceState.STOP)
+        self._leaving()
+        device = self._machine.devices[request["name"]]
+        # The request may have waited while the migration was ended, and the device runs: it is left alone then.
+        self._machine.enter(device, DeviceState.STOP, recover=DeviceState.STOP, only_from=DeviceState.STOP_COPY)
         _log.debug("vfio_save_cleanup", device=request["name"])
 
     def rest(self, _: Message) -> Message:

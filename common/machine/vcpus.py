@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.ipc.channel import Client, Handler, serve
+from common.ipc.channel import MAX_FDS, Client, Handler, serve
+from common.machine.device_process import REQUEST_SECONDS
 from common.memory.bitmap import unpack
 from common.memory.ram import GuestRam
 from common.memory.write_journal import JOURNAL_ROW, Rows
 
 __all__ = ["Vcpus"]
 
-COMMAND_TIMEOUT = 30.0
+# It answers between two steps, and a step waits for its traps: for devices, one request after the other, and for the
+# machine's turn, in which others wait for theirs. A device that is slow must not end the machine.
+COMMAND_SECONDS = 10 * REQUEST_SECONDS
 
 
 class Vcpus:
@@ -30,7 +33,7 @@ class Vcpus:
         self._pages = ram.layout.pages
         control, their_control = socket.socketpair()
         trap, their_trap = socket.socketpair()
-        control.settimeout(COMMAND_TIMEOUT)
+        control.settimeout(COMMAND_SECONDS)
         fds = (ram.fd, their_control.fileno(), their_trap.fileno())
         with their_control, their_trap, (directory / "vcpu.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -49,7 +52,9 @@ class Vcpus:
 
     def attach(self, boot: Mapping[str, Any], fds: Sequence[int]) -> None:
         """Tell the vCPU what machine it is in: programs, devices, doorbells, interrupts."""
-        self._control.call("attach", fds=fds, boot=boot)
+        for first in range(0, len(fds), MAX_FDS):
+            self._control.call("descriptors", fds=fds[first : first + MAX_FDS])
+        self._control.call("attach", boot=boot)
 
     def run(self) -> None:
         """Let it run."""

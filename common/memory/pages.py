@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import lz4.block
@@ -28,7 +28,9 @@ from common.memory.runs import Runs
 
 __all__ = [
     "BATCH_PAGES",
+    "MAX_BATCH_PAGES",
     "MAX_PAGES",
+    "MAX_PAYLOAD",
     "MAX_RUNS",
     "Applier",
     "Encoding",
@@ -40,8 +42,10 @@ __all__ = [
 ]
 
 BATCH_PAGES = 256  # pages with a payload: 1 MiB
+MAX_BATCH_PAGES = 1024  # the most of them that are accepted
 MAX_PAGES = 1 << 22  # pages of any kind: 16 GiB of holes, 512 KiB of zero bits
 MAX_RUNS = 1 << 16  # 1 MiB of run numbers
+MAX_PAYLOAD = MAX_BATCH_PAGES * PAGE_SIZE + MAX_BATCH_PAGES * PAGE_SIZE // 255 + 16  # packed: LZ4_COMPRESSBOUND
 # Pages looked at together: 64 MiB, so that a batch that is not full is rare, and zero pages fill no batches at all.
 _WINDOW_PAGES = 1 << 14
 # One word of each eighth of a page tells most pages that are not zero.
@@ -112,8 +116,11 @@ def encode(
     round: int,  # noqa: A002 - the name that the field has everywhere
     compress: bool,
     data: Runs | None = None,
+    batch_pages: int = BATCH_PAGES,
 ) -> Iterator[PageBatch]:
     """Yield batches that carry the pages of ascending runs, each page once; their sequence is 0.
+
+    A batch has up to `batch_pages` (at most `MAX_BATCH_PAGES`) pages with a payload, of 4096 bytes before compression.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
     dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM: it is to be
@@ -126,12 +133,12 @@ def encode(
     for start in range(0, absent[0].size, MAX_RUNS):
         for window in _windows((absent[0][start : start + MAX_RUNS], absent[1][start : start + MAX_RUNS]), MAX_PAGES):
             yield _batch(round, window, _ones(runs.total(window)))
-    scratch = np.empty((BATCH_PAGES, PAGE_SIZE), np.uint8) if compress else None
+    scratch = np.empty((batch_pages, PAGE_SIZE), np.uint8) if compress else None
     for window in _windows(present, _WINDOW_PAGES):
         pages = runs.expand(window)
         zero = _zero_pages(ram, pages)
-        # A batch begins at each 256th page that has a payload; zero pages go with the batch before them.
-        begins = [0, *np.flatnonzero(~zero)[BATCH_PAGES::BATCH_PAGES].tolist(), pages.size]
+        # Zero pages go with the batch before them.
+        begins = [0, *np.flatnonzero(~zero)[batch_pages::batch_pages].tolist(), pages.size]
         for begin, end in itertools.pairwise(begins):
             bits = zero[begin:end]
             batch = _batch(round, runs.from_pages(pages[begin:end]), np.packbits(bits, bitorder="little").tobytes())
@@ -228,8 +235,8 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
 
 def _check_payload(batch: PageBatch, expected: int) -> None:
     size = batch.payload_bytes
-    if expected > BATCH_PAGES * PAGE_SIZE:
-        raise ValueError(f"a batch has {expected // PAGE_SIZE} pages with a payload, more than {BATCH_PAGES}")
+    if expected > MAX_BATCH_PAGES * PAGE_SIZE:
+        raise ValueError(f"a batch has {expected // PAGE_SIZE} pages with a payload, more than {MAX_BATCH_PAGES}")
     if batch.encoding == Encoding.RAW:
         if size != expected:
             raise ValueError(f"a batch has {size} bytes of payload, not {expected}")
@@ -256,10 +263,14 @@ class Applier:
         self._written = np.zeros(ram.layout.pages, np.bool_)
         self.generation_of_chunk = np.zeros(ram.layout.pages // CHUNK_PAGES, np.uint32)
 
-    def apply(self, batch: PageBatch) -> tuple[int, int]:
+    def apply(self, batch: PageBatch, receive: Callable[[Sequence[memoryview]], None] | None = None) -> tuple[int, int]:
         """Put a batch into RAM; return (pages, zero pages among them).
 
         `ValueError`, with RAM unchanged, if the batch is not in order.
+
+        With `receive` the payload has not come yet: `batch.payload` is one buffer of its size, which `receive` is told
+        to fill, or better, for raw pages in not too many pieces, the places in RAM where they belong. If it fails
+        there, those pages are half written, and count as written: they must be sent again, or the machine given up.
         """
         check(batch, self._ram.layout.pages)
         covered = batch.run_first.astype(np.int64), batch.run_pages.astype(np.int64)
@@ -268,15 +279,32 @@ class Applier:
             self._clear(covered)
             return pages, zero_pages
         numbers = runs.expand(covered)
+        cleared = None
         if zero_pages:
             zero = np.unpackbits(np.frombuffer(batch.zero, np.uint8), count=pages, bitorder="little").view(np.bool_)
-            payload = self._unpack(batch, pages - zero_pages)
-            self._clear(runs.from_pages(numbers[zero]))
-            numbers = numbers[~zero]
-        else:
-            payload = self._unpack(batch, pages)
-        self._store(numbers, payload)
+            cleared, numbers = runs.from_pages(numbers[zero]), numbers[~zero]
+        places = runs.from_pages(numbers)
+        payload = None
+        if receive is None or batch.encoding != Encoding.RAW or places[0].size > _MAX_PARTS:
+            if receive is not None:
+                receive([memoryview(part) for part in batch.payload])
+            payload = self._unpack(batch, numbers.size)
+        if cleared is not None:
+            self._clear(cleared)
+        self._written[numbers] = True
+        try:
+            if payload is not None:
+                self._store(numbers, places, payload)
+            elif receive is not None:
+                receive(self._views(places))
+        finally:
+            self._changed(numbers)
         return pages, zero_pages
+
+    def _views(self, places: Runs) -> list[memoryview]:
+        starts = (places[0] * PAGE_SIZE).tolist()
+        ends = ((places[0] + places[1]) * PAGE_SIZE).tolist()
+        return [self._ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def _unpack(self, batch: PageBatch, pages: int) -> npt.NDArray[np.uint8]:
         packed = batch.payload[0] if len(batch.payload) == 1 else b"".join(batch.payload)
@@ -290,8 +318,8 @@ class Applier:
                 raise ValueError(f"a batch's payload unpacks to {len(packed)} bytes, not {size}")
         return np.frombuffer(packed, np.uint8).reshape(-1, PAGE_SIZE)
 
-    def _store(self, numbers: npt.NDArray[np.int64], payload: npt.NDArray[np.uint8]) -> None:
-        first, count = runs.from_pages(numbers)
+    def _store(self, numbers: npt.NDArray[np.int64], places: Runs, payload: npt.NDArray[np.uint8]) -> None:
+        first, count = places
         if first.size <= _MAX_PARTS:
             done = 0
             for begin, pages in zip(first.tolist(), count.tolist(), strict=True):
@@ -299,8 +327,6 @@ class Applier:
                 done += pages
         else:
             self._ram.pages[numbers] = payload
-        self._written[numbers] = True
-        self._changed(numbers)
 
     def _clear(self, zero: Runs) -> None:
         """Clear those pages that something was written to; the others are zero, and most of them holes."""
@@ -315,4 +341,5 @@ class Applier:
 
     def _changed(self, numbers: npt.NDArray[np.int64]) -> None:
         chunks = numbers // CHUNK_PAGES
-        self.generation_of_chunk[chunks[np.flatnonzero(np.diff(chunks, prepend=-1))]] += 1
+        self.generation_of_chunk[chunks[:1]] += 1
+        self.generation_of_chunk[chunks[1:][chunks[1:] != chunks[:-1]]] += 1

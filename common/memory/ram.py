@@ -28,7 +28,7 @@ from common.memory.runs import Runs
 __all__ = ["GuestRam"]
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_MADV_POPULATE_WRITE = 23
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -148,6 +148,11 @@ class GuestRam:
             raise OSError(errno.ENOMEM, f"no memory for {size} bytes of guest RAM")
         # Linux before 5.14 does not know the advice. Memory that is only reserved is still told as a hole.
         os.posix_fallocate(self.fd, start, size)
+
+    def map_data(self, data: Runs) -> None:
+        """Map pages that hold data here, as reading them would, but all at once; what cannot be is mapped when read."""
+        for first, count in zip(*(part.tolist() for part in data), strict=True):
+            _LIBC.madvise(self.bytes.ctypes.data + first * PAGE_SIZE, count * PAGE_SIZE, _MADV_POPULATE_READ)
 
     def close(self) -> None:
         """Close the descriptor and give up the mapping; views that are still in use keep the memory mapped."""

@@ -41,8 +41,10 @@ def from_pages(pages: npt.NDArray[np.int64]) -> Runs:
     """Return the runs of page numbers that ascend strictly."""
     if not pages.size:
         return one(0, 0)
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(pages) != 1) + 1))
-    return pages[starts], np.diff(starts, append=pages.size)
+    cuts = np.flatnonzero(pages[1:] - pages[:-1] != 1) + 1
+    edges = np.empty(cuts.size + 2, np.int64)
+    edges[0], edges[1:-1], edges[-1] = 0, cuts, pages.size
+    return pages[edges[:-1]], edges[1:] - edges[:-1]
 
 
 def intersect(a: Runs, b: Runs) -> Runs:

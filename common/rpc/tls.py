@@ -13,6 +13,7 @@ file that is wrong comes late, and names no file.
 
 from __future__ import annotations
 
+import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509 import Certificate, ExtendedKeyUsage, ExtensionNotFound, load_pem_x509_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-__all__ = ["TlsError", "channel_credentials", "server_credentials"]
+__all__ = ["TlsError", "channel_credentials", "client_context", "server_context", "server_credentials"]
 
 
 _USAGES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
@@ -44,6 +45,29 @@ def channel_credentials(directory: Path) -> grpc.ChannelCredentials:
     authorities = _authorities(directory)
     key, chain = _identity(directory, "client", authorities)
     return grpc.ssl_channel_credentials(_pem(authorities), key, chain)
+
+
+def server_context(directory: Path) -> ssl.SSLContext:
+    """Return the same as `server_credentials`, for sockets."""
+    context = _context(directory, "server")
+    context.num_tickets = 0  # nobody comes back with one
+    return context
+
+
+def client_context(directory: Path) -> ssl.SSLContext:
+    """Return the same as `channel_credentials`, for sockets."""
+    return _context(directory, "client")
+
+
+def _context(directory: Path, side: str) -> ssl.SSLContext:
+    authorities = _authorities(directory)
+    _identity(directory, side, authorities)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if side == "server" else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=_pem(authorities).decode())
+    context.load_cert_chain(directory / f"{side}-cert.pem", directory / f"{side}-key.pem")
+    return context
 
 
 def _authorities(directory: Path) -> list[Certificate]:

@@ -345,6 +345,8 @@ class VfioUserClient:
 
     def _report(self, name: str, number: int, report: LoggingReport) -> npt.NDArray[np.uint64]:
         size = vfio.bitmap_bytes(report.length, report.page_size)
+        if size > codec.MAX_BITMAP:
+            raise DeviceError(errno.E2BIG, f"{self.name}: {name}: a bitmap of {size} bytes")
 
         def bitmap(payload: memoryview) -> memoryview:
             if len(payload) < LoggingReport.SIZE + size or LoggingReport.unpack(payload) != report:

@@ -147,7 +147,7 @@ class Header(NamedTuple):
     @classmethod
     def unpack(cls, data: Buffer, limit: int) -> Header:
         """Read 16 bytes; ValueError if the size is not 16 … `limit`, or if it is neither command nor reply."""
-        header = cls._make(_HEADER.unpack(data))
+        header = cls(*_HEADER.unpack_from(data))
         if not HEADER_SIZE <= header.size <= limit:
             raise ValueError(f"a message of {header.size} bytes, {HEADER_SIZE} to {limit} are possible")
         if header.flags & FLAG_TYPE_MASK > FLAG_REPLY:
@@ -294,12 +294,12 @@ class RegionAccess(NamedTuple):
 
     def pack(self) -> bytes:
         """Return the fixed part."""
-        return _REGION_ACCESS.pack(self.offset, self.region, self.size)
+        return _REGION_ACCESS.pack(*self)
 
     @classmethod
     def unpack(cls, body: Buffer) -> RegionAccess:
         """Read the fixed part."""
-        return cls._make(unpack_fixed(_REGION_ACCESS, body, "region access"))
+        return cls(*unpack_fixed(_REGION_ACCESS, body, "region access"))
 
 
 class Feature(NamedTuple):

@@ -1,7 +1,8 @@
 """Playing one side of a recorded conversation against a real other side, which is compared with the recorded one.
 
 Descriptors are not in a record, so stand-ins go: empty memory of the size that the message tells, eventfds that nobody
-reads. Commands go one after the other, whatever was on its way together when they were recorded.
+reads, a twin socket on which nothing is said. Commands go one after the other, whatever was on its way together when
+they were recorded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Final
 
 from common.vfio_user.codec import FLAG_NO_REPLY, MAX_REPLY_SIZE, Command, DmaMap
@@ -35,22 +36,25 @@ def replay(side: Sender, sock: socket.socket, messages: Sequence[Recorded], time
     """
     player = _Client if side == "client" else _Server
     connection = Connection(sock, limit=MAX_REPLY_SIZE, timeout=timeout)
-    try:
-        played = player(connection, messages, timeout)
+    with ExitStack() as far_ends, closing(connection):
+        played = player(connection, messages, timeout, far_ends)
         with suppress(ConnectionLostError):
             played.play()
-    finally:
-        connection.close()
     return sorted(played.differences, key=lambda difference: difference.line)
 
 
 class _Player:
-    def __init__(self, connection: Connection, messages: Sequence[Recorded], timeout: float) -> None:
+    """`far_ends` keeps the other ends of sockets that are given away: without them they are closed ones."""
+
+    def __init__(
+        self, connection: Connection, messages: Sequence[Recorded], timeout: float, far_ends: ExitStack
+    ) -> None:
         self.differences: list[Difference] = []
         self._connection = connection
         self._messages = messages
         self._replies = pair(messages)
         self._timeout = timeout
+        self._far_ends = far_ends
 
     def play(self) -> None:
         """Play to the end; raise ConnectionLostError when the other side is gone, which is noted."""
@@ -66,7 +70,7 @@ class _Player:
         """Send the command at `index`, and compare the reply; one that the record does not answer is not sent."""
         message = self._messages[index]
         command = message.header.command
-        fds = _stand_ins(message)
+        fds = _stand_ins(message, self._far_ends)
         try:
             if message.header.flags & FLAG_NO_REPLY:
                 self._connection.post(command, [message.body], fds)
@@ -167,7 +171,7 @@ class _Server(_Player):
             self._refuse(len(self._messages) - 1, extra, "asked after the end of the record")
 
     def _answer(self, command: Message, reply: Recorded) -> None:
-        fds = _stand_ins(reply)
+        fds = _stand_ins(reply, self._far_ends)
         try:
             self._connection.reply(command, [reply.body], fds, error=reply.header.refusal)
         finally:
@@ -193,12 +197,12 @@ def _asks(message: Recorded, side: Sender) -> bool:
     return message.sender == side and not message.header.is_reply
 
 
-def _stand_ins(message: Recorded) -> list[int]:
+def _stand_ins(message: Recorded, far_ends: ExitStack) -> list[int]:
     """Return descriptors in the place of those that came with a message; the caller closes them."""
     command = message.header.command
     if command == Command.VERSION:
         # A twin socket, on which nothing is ever said: the record does not have what was.
-        return [socket.socketpair()[0].detach() for _ in range(message.fds)]
+        return [_twin_socket(far_ends) for _ in range(message.fds)]
     if command not in (Command.DMA_MAP, Command.DEVICE_GET_REGION_INFO):
         return [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(message.fds)]
     fds = [os.memfd_create("stand-in") for _ in range(message.fds)]
@@ -207,6 +211,12 @@ def _stand_ins(message: Recorded) -> list[int]:
         for fd in fds:
             os.ftruncate(fd, min(size, _MAX_FILE))
     return fds
+
+
+def _twin_socket(far_ends: ExitStack) -> int:
+    near, far = socket.socketpair()
+    far_ends.enter_context(far)
+    return near.detach()
 
 
 def _end_of_file(message: Recorded) -> int:

@@ -223,7 +223,7 @@ class VfioUserServer:
 
     def _region_access(self, access: RegionAccess, needed: RegionFlags) -> None:
         region = self._region(access.region)
-        if not region.flags & needed or not 0 < access.size <= MAX_TRANSFER:
+        if needed not in region.flags or not 0 < access.size <= MAX_TRANSFER:
             raise OSError(errno.EINVAL, f"region {access.region} cannot be accessed so")
         if access.offset + access.size > region.size:
             raise OSError(errno.EINVAL, f"an access beyond the end of region {access.region}")

@@ -8,8 +8,11 @@ of epoll for that time, which costs little, and wakes that thread when he finds 
 
 * `_turn` is the right to read and to ask. It is never held while a command is carried out: a command may need an answer
   that waits for this very thread, even through other connections.
-* A message is read in pieces if it comes in pieces, by whoever has the turn then. So nobody who wants to send waits for
-  the rest of somebody's message: two sides that send each other more than the socket buffers hold would stop for ever.
+* Whoever asks a side that has just answered within 0.1 ms looks for the reply so long before he sleeps, as KVM polls
+  before it halts a vCPU: to sleep and to be woken takes as long as a brisk answer.
+* What is there is read, small messages several at once. A message is read in pieces if it comes in pieces, by whoever
+  has the turn then. So nobody who wants to send waits for the rest of somebody's message: two sides that send each
+  other more than the socket buffers hold would stop for ever.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from common.vfio.feature import Buffer
 from common.vfio_user.codec import FLAG_ERROR, FLAG_NO_REPLY, FLAG_REPLY, HEADER_SIZE, Header
 
@@ -40,8 +45,11 @@ _TRUNCATED = int(socket.MSG_CTRUNC)
 _WAITALL = int(socket.MSG_WAITALL)
 _MAX_FDS = 64
 _ANCILLARY = socket.CMSG_SPACE(_MAX_FDS * 4)
+# Most messages are smaller, and read at once.
+_ROOM = 512
 _MAX_QUEUED = 64 << 20
 _QUEUED_OVERHEAD = 1 << 10
+_BRISK_SECONDS = 100e-6
 
 
 class ConnectionLostError(ConnectionError):
@@ -77,8 +85,9 @@ class Connection:
     """One side of a connection; it takes the socket over.
 
     Any number of threads may `request`, one may wait for commands. `limit`: bytes of the largest message that is read.
-    `timeout`: seconds to wait for a reply, None for ever; whoever waited in vain loses the connection, for its replies
-    could no longer be told from each other.
+    `timeout`: seconds to wait for a reply, or until a message is taken, None for ever (a side that drips bytes may take
+    up to twice that); whoever waited in vain loses the connection, for its replies could no longer be told from each
+    other.
     """
 
     def __init__(self, sock: socket.socket, *, limit: int, timeout: float | None = None) -> None:
@@ -96,15 +105,19 @@ class Connection:
         self._taken = 0
         self._reason: str | None = None
         # What has been read of a message that is not complete.
-        self._start = b""
-        self._header: Header | None = None
-        self._body = bytearray()
+        self._room = memoryview(bytearray(_ROOM))
+        self._large: Header | None = None  # of a message that does not fit into the room: it goes into `_body`
+        self._body = self._room
         self._filled = 0
         self._fds: list[int] = []
         sock.settimeout(None)
         if timeout is not None:
             seconds = struct.pack("@ll", int(timeout), max(int(timeout % 1 * 1_000_000), 1))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        self._brisk = False
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -120,13 +133,18 @@ class Connection:
                 raise ConnectionLostError(errno.ENOTCONN, self._reason)
             self._epoll.modify(self._fd, 0)
             try:
-                self._last_id = (self._last_id + 1) & 0xFFFF
-                size = HEADER_SIZE + sum(map(len, parts))
-                early = self._send(Header(self._last_id, command, size), parts, fds, reading=True)
-                reply = early or self._read_reply()
+                self._last_id = number = (self._last_id + 1) & 0xFFFF
+                reply = self._send(number, command, 0, 0, parts, fds)
+                began = time.perf_counter()
+                if self._brisk:
+                    while not self._readable.poll(0) and time.perf_counter() - began < _BRISK_SECONDS:
+                        pass
                 while reply is None:
+                    if self._timeout is not None and time.perf_counter() - began > self._timeout:
+                        raise self._lose(f"no reply within {self._timeout} seconds")
                     reply = self._read_reply()
-                if reply.header.message_id != self._last_id or reply.header.command != command:
+                self._brisk = time.perf_counter() - began < _BRISK_SECONDS
+                if reply.header.message_id != number or reply.header.command != command:
                     reply.close_fds()
                     raise self._lose("the reply is to another command")
                 return reply
@@ -140,9 +158,7 @@ class Connection:
             if self._reason is not None:
                 raise ConnectionLostError(errno.ENOTCONN, self._reason)
             self._last_id = (self._last_id + 1) & 0xFFFF
-            size = HEADER_SIZE + sum(map(len, parts))
-            header = Header(self._last_id, command, size, FLAG_NO_REPLY)
-            if self._send(header, parts, fds, reading=True) is not None:
+            if self._send(self._last_id, command, FLAG_NO_REPLY, 0, parts, fds) is not None:
                 raise self._lose("a reply to no command came")
 
     def reply(self, command: Message, parts: Sequence[Buffer] = (), fds: Sequence[int] = (), *, error: int = 0) -> None:
@@ -153,9 +169,7 @@ class Connection:
         if not command.wants_reply:
             return
         flags = FLAG_REPLY | FLAG_ERROR if error else FLAG_REPLY
-        size = HEADER_SIZE + sum(map(len, parts))
-        header = Header(command.header.message_id, command.header.command, size, flags, error)
-        self._send(header, parts, fds, reading=False)
+        self._send(command.header.message_id, command.header.command, flags, error, parts, fds)
 
     def next_command(self) -> Message | None:
         """Wait for the other side's next command; None when the connection is lost. For one thread only."""
@@ -172,7 +186,7 @@ class Connection:
                 # Somebody who asks may have taken the turn in between: then he reads, and wakes this thread.
                 elif self._turn.acquire(blocking=False):
                     try:
-                        self._read_command()
+                        self._read_commands()
                     finally:
                         self._turn.release()
 
@@ -206,68 +220,99 @@ class Connection:
         self.shutdown(reason)
         return ConnectionLostError(errno.ENOTCONN, self._reason)
 
-    # Reading: only with the turn.
+    # Reading: only with the turn. What has come is looked through at once, so that only the start of a message is left
+    # where epoll does not see it.
 
-    def _read_command(self) -> None:
+    def _read_commands(self) -> None:
         """Read what is there; for the thread that answers commands."""
         try:
-            message = self._receive(_DONTWAIT)
-            if message is not None and not self._put_aside(message):
-                message.close_fds()
+            reply = self._read(_DONTWAIT)
+            if reply is not None:
+                reply.close_fds()
                 self._lose("a reply to no command came")
         except ConnectionLostError:
             pass  # next_command sees it
 
     def _read_reply(self, flags: int = 0) -> Message | None:
-        """Read one message: return it if it is a reply, put it aside if it is a command."""
-        message = self._receive(flags)
-        if message is not None and self._put_aside(message):
-            # At once: the reply may have to wait until this command is answered.
+        """Read on; return the reply once it is there, and wake whoever answers the commands that came before it."""
+        put = self._put
+        reply = self._read(flags)
+        if self._put != put:
+            # At once: the reply may have to wait until such a command is answered.
             os.eventfd_write(self._wake, 1)
-            return None
-        return message
+        return reply
 
-    def _put_aside(self, message: Message) -> bool:
-        if message.header.is_reply:
-            return False
-        self._put += len(message.body) + _QUEUED_OVERHEAD
-        self._queue.append(message)
-        if self._put - self._taken > _MAX_QUEUED:
-            raise self._lose("too many commands came while one was waited for")
-        return True
-
-    def _receive(self, flags: int) -> Message | None:
-        """Read on; return the message once it is complete, or None if with MSG_DONTWAIT it is not."""
+    def _read(self, flags: int) -> Message | None:
+        """Read once: put commands that are complete aside, return the reply if it is."""
+        large = self._large
         try:
-            header = self._header or self._receive_header(flags)
-            size = header.size - HEADER_SIZE
-            body = self._receive_body(size, flags) if size else b""
+            if large is not None:
+                count = self._sock.recv_into(self._body[self._filled :], 0, flags | _WAITALL)
+            else:
+                room = self._room[self._filled :] if self._filled else self._room
+                count, ancillary, status, _ = self._sock.recvmsg_into((room,), _ANCILLARY, flags | _CLOEXEC)
+                if ancillary or status & _TRUNCATED:
+                    self._take_fds(ancillary, status)
         except BlockingIOError:
             if not flags & _DONTWAIT:
                 raise self._lose(f"no reply within {self._timeout} seconds") from None
             return None
         except (ConnectionResetError, BrokenPipeError):
             raise self._lose("the other side has closed the connection") from None
-        message = Message(header, body, self._fds)
-        self._header, self._fds = None, []
-        return message
-
-    def _receive_header(self, flags: int) -> Header:
-        wanted = HEADER_SIZE - len(self._start)
-        data, ancillary, status, _ = self._sock.recvmsg(wanted, _ANCILLARY, flags | _CLOEXEC)
-        if ancillary or status & _TRUNCATED:
-            self._take_fds(ancillary, status)
-        if not data:
+        if not count:
             raise self._lose("the other side has closed the connection")
-        if len(data) < wanted:
-            self._start += data
-            return self._receive_header(flags)
-        try:
-            header = Header.unpack(self._start + data, self._limit)
-        except ValueError as error:
-            raise self._lose(f"what came is no message: {error}") from None
-        self._header, self._start = header, b""
-        return header
+        self._filled += count
+        if large is None:
+            return self._look_through()
+        if self._filled < len(self._body):
+            return None
+        self._large, self._filled = None, 0
+        return self._came(Message(large, self._body))
+
+    def _look_through(self) -> Message | None:
+        """Take the messages out of `_room`; what is left in it, or in `_body` if it is large, is the start of one."""
+        room, end = self._room, self._filled
+        at, reply = 0, None
+        while end - at >= HEADER_SIZE:
+            try:
+                header = Header.unpack(room[at:], self._limit)
+            except ValueError as error:
+                raise self._lose(f"what came is no message: {error}") from None
+            begin, following = at + HEADER_SIZE, at + header.size
+            if following > end:
+                if header.size > _ROOM:
+                    self._large, self._filled = header, end - begin
+                    self._body = np.empty(header.size - HEADER_SIZE, np.uint8).data
+                    self._body[: end - begin] = room[begin:end]
+                    return reply
+                break
+            message = Message(header, bytes(room[begin:following]))
+            at = following
+            reply = self._came(message, reply, last=at == end)
+        if at < end:
+            room[: end - at] = bytes(room[at:end])
+        self._filled = end - at
+        return reply
+
+    def _came(self, message: Message, reply: Message | None = None, *, last: bool = True) -> Message | None:
+        """Put a command aside, return a reply; `reply` is the one that came before.
+
+        The descriptors that came are those of the `last` message of a read: the kernel ends a read behind bytes that
+        have some.
+        """
+        if last and self._fds:
+            message.fds, self._fds = self._fds, []
+        if message.header.is_reply:
+            if reply is None:
+                return message
+            message.close_fds()
+            reply.close_fds()
+            raise self._lose("two replies to one command came")
+        self._put += len(message.body) + _QUEUED_OVERHEAD
+        self._queue.append(message)
+        if self._put - self._taken > _MAX_QUEUED:
+            raise self._lose("too many commands came while one was waited for")
+        return reply
 
     def _take_fds(self, ancillary: Sequence[tuple[int, int, bytes]], status: int) -> None:
         for level, kind, payload in ancillary:
@@ -278,68 +323,57 @@ class Connection:
         if status & _TRUNCATED or len(self._fds) > _MAX_FDS:
             raise self._lose(f"a message with more than {_MAX_FDS} descriptors came")
 
-    def _receive_body(self, size: int, flags: int) -> Buffer:
-        if not self._body:
-            data = self._sock.recv(size, flags | _WAITALL)
-            if len(data) == size:
-                return data
-            if not data:
-                raise self._lose("the other side has closed the connection")
-            self._body = bytearray(size)
-            self._body[: len(data)] = data
-            self._filled = len(data)
-        with memoryview(self._body) as view:
-            while self._filled < size:
-                count = self._sock.recv_into(view[self._filled :], 0, flags)
-                if not count:
-                    raise self._lose("the other side has closed the connection")
-                self._filled += count
-        body, self._body = self._body, bytearray()
-        return body
-
     # Sending: whoever asks must go on reading while he cannot send.
 
-    def _send(self, header: Header, parts: Sequence[Buffer], fds: Sequence[int], *, reading: bool) -> Message | None:
-        buffers = [header.pack(), *parts]
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        flags = _NOSIGNAL | (_DONTWAIT if reading else 0)
+    def _send(
+        self, number: int, command: int, flags: int, error: int, parts: Sequence[Buffer], fds: Sequence[int]
+    ) -> Message | None:
+        """Send a message; return the reply to a command if it came before the command was sent to its end."""
+        size = HEADER_SIZE
+        for part in parts:
+            size += len(part)
+        buffers = [Header(number, command, size, flags, error).pack(), *parts]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else ()
+        reading = not flags & FLAG_REPLY
+        options = _NOSIGNAL | _DONTWAIT if reading else _NOSIGNAL
         early = None
         with self._sending:
             sent = 0
-            deadline = None
+            began = None
             try:
                 while True:
-                    try:
-                        sent += self._sock.sendmsg(_rest(buffers, sent), () if sent else rights, flags)
-                        if sent == header.size:
+                    with contextlib.suppress(BlockingIOError):
+                        sent += self._sock.sendmsg(_rest(buffers, sent) if sent else buffers, rights, options)
+                        if sent == size:
                             return early
-                    except BlockingIOError:  # with `reading` only
-                        deadline = deadline or (self._timeout and time.monotonic() + self._timeout)
-                        early = self._wait_to_send(deadline) or early
+                        rights = ()
+                    began = began or time.monotonic()
+                    left = None if self._timeout is None else began + self._timeout - time.monotonic()
+                    if left is not None and left < 0:
+                        raise self._lose(f"a message was not taken within {self._timeout} seconds")
+                    if reading:
+                        early = self._wait_to_send(left) or early
             except (BrokenPipeError, ConnectionResetError):
                 raise self._lose("the other side has closed the connection") from None
-            except OSError as error:
+            except OSError as cause:
                 if self._sock.fileno() < 0:
                     raise ConnectionLostError(errno.ENOTCONN, self._reason) from None
                 if sent:
-                    raise self._lose(f"a message could not be sent to its end: {error.strerror}") from None
+                    raise self._lose(f"a message could not be sent to its end: {cause.strerror}") from None
                 raise
 
-    def _wait_to_send(self, deadline: float | None) -> Message | None:
+    def _wait_to_send(self, seconds: float | None) -> Message | None:
+        """Wait until some more can be sent, or a reply has come early."""
         poller = select.poll()
         poller.register(self._sock, select.POLLIN | select.POLLOUT)
-        events = poller.poll(None if deadline is None else max(deadline - time.monotonic(), 0) * 1000)
-        if not events:
-            raise self._lose(f"nothing could be sent within {self._timeout} seconds")
-        if events[0][1] & select.POLLIN:
-            return self._read_reply(_DONTWAIT)
+        for _, events in poller.poll(None if seconds is None else seconds * 1000):
+            if events & select.POLLIN:
+                return self._read_reply(_DONTWAIT)
         return None
 
 
 def _rest(buffers: Sequence[Buffer], sent: int) -> Sequence[Buffer]:
     """Return what is left of `buffers` after their first `sent` bytes."""
-    if not sent:
-        return buffers
     rest = []
     for buffer in buffers:
         if sent < len(buffer):

@@ -1,7 +1,8 @@
-"""A wrong server for every check, by the check's name."""
+"""A wrong server for every check, by the check's name, and further ones for sentences that say several things."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -11,7 +12,7 @@ from dataclasses import replace
 
 from wrong_server import Answer, Defect, Proceed, Reply, WrongServer
 
-from common.conformance.memory import AREA, FIRST, SECOND
+from common.conformance.memory import AREA, FIRST, PAGE, SECOND
 from common.datasheets import pci
 from common.devices.base import EmulatedDevice
 from common.vfio import feature as vfio
@@ -198,39 +199,50 @@ def reversed_pairs(server: WrongServer) -> None:
 
 def impatient(server: WrongServer) -> None:
     """Take what comes first for the whole header."""
-    read = server.connection._receive_header
+    connection = server.connection
+    look_through = connection._look_through
 
-    def wrong(flags: int) -> Header:
-        if server.connection._start:
-            raise server.connection._lose("short read")
-        return read(flags)
+    def wrong() -> Message | None:
+        if connection._filled < 16:
+            raise connection._lose("short read")
+        return look_through()
 
-    server.connection._receive_header = wrong  # type: ignore[method-assign]
+    connection._look_through = wrong  # type: ignore[method-assign]
 
 
 def short_sighted(server: WrongServer) -> None:
     """Take no more of a body than 64 KiB, and the rest for messages."""
-    read = server.connection._receive_body
-    server.connection._receive_body = lambda size, flags: read(min(size, 65536), flags)  # type: ignore[method-assign]
+    connection = server.connection
+    look_through = connection._look_through
+
+    def wrong() -> Message | None:
+        reply = look_through()
+        if connection._large is not None:
+            connection._body = connection._body[:65536]
+        return reply
+
+    connection._look_through = wrong  # type: ignore[method-assign]
 
 
 def easy_going(test: Callable[[Header], bool], *, hang: bool = False) -> Callable[[WrongServer], None]:
     """Answer messages with such headers as if they were right, or wait for what they promise."""
 
     def install(server: WrongServer) -> None:
-        read = server.connection._receive_header
+        connection = server.connection
+        read = connection._read
 
-        def wrong(flags: int) -> Header:
-            peeked = server.sock.recv(16, socket.MSG_PEEK)
+        def wrong(flags: int) -> Message | None:
+            peeked = b"" if connection._filled else server.sock.recv(16, socket.MSG_PEEK)
             if len(peeked) == 16 and test(header := Header(*struct.unpack("<HHIII", peeked))):
                 server.sock.recv(max(16, min(header.size, 4096)))
                 if hang:
                     server.hang()
-                server.sock.sendall(Header(header.message_id, header.command, 16, 1).pack())
-                raise BlockingIOError
+                with contextlib.suppress(BrokenPipeError):
+                    server.sock.sendall(Header(header.message_id, header.command, 16, 1).pack())
+                return None
             return read(flags)
 
-        server.connection._receive_header = wrong  # type: ignore[method-assign]
+        connection._read = wrong  # type: ignore[method-assign]
 
     return install
 
@@ -351,6 +363,13 @@ def log_no_more(server: WrongServer) -> None:
     server.device.dma.logging = False
 
 
+def write_to_the_first_area(device: EmulatedDevice) -> None:
+    write = device.dma.write
+    device.dma.write = lambda iova, *rest, **named: write(  # type: ignore[method-assign]
+        iova - AREA if iova >= SECOND else iova, *rest, **named
+    )
+
+
 def write_late(server: WrongServer) -> None:
     if server.device.get_state() is S.STOP:
         server.device.dma.write(SECOND, b"late")
@@ -358,6 +377,10 @@ def write_late(server: WrongServer) -> None:
 
 def stop(server: WrongServer) -> None:
     server.device.set_state(S.STOP)
+
+
+def reset(server: WrongServer) -> None:
+    server.device.reset()
 
 
 def lenient(device: EmulatedDevice) -> None:
@@ -522,9 +545,10 @@ DEFECTS: dict[str, Defect] = {
     "migration-data.move-with-pre-copy": Defect("STOP is refused", first(begin_again, arc(S.PRE_COPY, S.STOP_COPY))),
     "migration-data.other-pieces": Defect("MIG_DATA_WRITE is refused", refusing(odd_write)),
     "migration-data.read-in-pieces": Defect("STOP is refused", losing_odd_bytes),
-    "migration-data.cancel-pre-copy": Defect("closed the connection", hanging_up(arc(S.PRE_COPY, S.RUNNING))),
-    "migration-data.cancel-stop-copy": Defect("closed the connection", hanging_up(arc(S.STOP_COPY, S.STOP))),
+    "migration-data.cancel-pre-copy": Defect("region 0 differs at 0x", then(reset, arc(S.PRE_COPY, S.RUNNING))),
+    "migration-data.cancel-stop-copy": Defect("region 0 differs at 0x", then(reset, arc(S.STOP, S.RUNNING))),
     "migration-data.truncated-data": Defect("are taken for a state", device=lenient),
+    "migration-data.truncated-pre-copy": Defect("are taken for a state", device=lenient),
     "migration-data.senseless-data": Defect("closed the connection", hanging_up(arc(S.RESUMING, S.STOP))),
     "dirty-logging.features": Defect(
         "DMA_LOGGING_REPORT is not there", refusing(probe_of(DeviceFeature.DMA_LOGGING_REPORT, vfio.FEATURE_GET))
@@ -573,7 +597,7 @@ DEFECTS: dict[str, Defect] = {
     "device-dma.started-again": Defect("a fresh log reports", ignoring_stop),
     "reconnecting.next-client": Defect("hangs", wedged=lambda _server: True, patience=HUNG_S),
     "reconnecting.half-a-message": Defect(
-        "hangs", wedged=lambda server: server.connection._header is not None, patience=HUNG_S
+        "hangs", wedged=lambda server: server.connection._filled > 0, patience=HUNG_S
     ),
     "reconnecting.silent-client": Defect("hangs", wedged=lambda server: not server.negotiated, patience=HUNG_S),
     "reconnecting.state-of-the-next": Defect("finds the device in STOP", then(stop, all_of(later, VERSION))),
@@ -582,3 +606,56 @@ DEFECTS: dict[str, Defect] = {
         "DMA_MAP is refused: EEXIST", refusing(all_of(later, command(Command.DMA_MAP)), errno.EEXIST)
     ),
 }
+
+FURTHER: list[tuple[str, Defect]] = [
+    (
+        "interrupts.eventfd",
+        Defect(
+            "taken away was signalled",
+            pretending(all_of(command(Command.DEVICE_SET_IRQS), word(4, 0x21), word(16, 0))),
+        ),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect(
+            "MIG_DATA_READ in RESUMING",
+            obliging(all_of(in_state(S.RESUMING), command(Command.MIG_DATA_READ)), MigData(0).pack() + bytes(64)),
+        ),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect("MIG_DATA_WRITE in PRE_COPY", obliging(all_of(in_state(S.PRE_COPY), command(Command.MIG_DATA_WRITE)))),
+    ),
+    (
+        "states.data-in-other-states",
+        Defect(
+            "refused with EIO, not EINVAL",
+            refusing(all_of(in_state(S.STOP), command(Command.MIG_DATA_WRITE)), errno.EIO),
+        ),
+    ),
+    (
+        "dirty-logging.report-ranges",
+        Defect(
+            "has bits beyond them: 0x800000",
+            mangling(all_of(REPORT, qword(16, PAGE)), patched(REPORTED, b"\x02")),
+        ),
+    ),
+    (
+        "description.device-info",
+        Defect("the answer makes no sense", mangling(command(Command.DEVICE_GET_INFO), patched(0, b"\x08"))),
+    ),
+]
+
+MOST_VECTORS = Defect("", mangling(command(Command.DEVICE_GET_IRQ_INFO), patched(12, b"\xff" * 4)))
+
+UNJUDGED: list[tuple[str, Defect]] = [
+    (
+        "regions.bounds",
+        Defect(
+            "configuration space has 1 bytes",
+            mangling(all_of(command(Command.DEVICE_GET_REGION_INFO), word(8, 7)), patched(16, bytes([1, 0]))),
+        ),
+    ),
+    ("device-dma.parts", Defect("without writing to memory directly", device=write_to_the_first_area)),
+]
+"""Odd answers that the check is not about, and what it says then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -67,6 +68,8 @@ def harm(how: str, client: socket.socket, bar: int) -> None:
     if how == "die":
         print("assertion failed: everything", file=sys.stderr, flush=True)
         os.abort()
+    if how == "signal":
+        os.kill(os.getpid(), signal.SIGRTMIN + 3)
     if how in {"hang", "child"}:
         time.sleep(60)
     while how == "loop":

@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from defects import DEFECTS, region_with_file
+from defects import DEFECTS, FURTHER, MOST_VECTORS, UNJUDGED, region_with_file
 from wrong_server import Defect, NoTarget, ThreadTarget
 
 from common.conformance.check import Check, Outcome, Result
@@ -36,9 +36,10 @@ def test_every_check_has_a_sentence_and_a_subject() -> None:
     assert len(BY_NAME) == len(CHECKS)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_a_wrong_server_fails_its_check(name: str) -> None:
-    defect = DEFECTS[name]
+@pytest.mark.parametrize(
+    ("name", "defect"), [*DEFECTS.items(), *FURTHER], ids=lambda item: getattr(item, "detail", item)
+)
+def test_a_wrong_server_fails_its_check(name: str, defect: Defect) -> None:
     result = result_of(BY_NAME[name], ThreadTarget("nic", defect), defect.patience)
     assert result.outcome is Outcome.FAIL, result.detail
     assert defect.detail in result.detail
@@ -73,6 +74,28 @@ def test_a_report_tells_the_last_messages() -> None:
     result = result_of(BY_NAME["messages.unknown-command"], ThreadTarget("nic", DEFECTS["messages.unknown-command"]))
     assert result.sent.startswith("command 99 id ")
     assert result.received.startswith("command 99 id ")
+
+
+@pytest.mark.parametrize(("name", "defect"), UNJUDGED)
+def test_what_an_odd_answer_leaves_open_is_unknown(name: str, defect: Defect) -> None:
+    result = result_of(BY_NAME[name], ThreadTarget("nic", defect))
+    assert result.outcome is Outcome.UNKNOWN
+    assert defect.detail in result.detail
+
+
+def test_there_may_be_as_many_vectors_as_a_number_can_tell() -> None:
+    result = result_of(BY_NAME["interrupts.invalid"], ThreadTarget("nic", MOST_VECTORS))
+    assert result.outcome is Outcome.PASS, result.detail
+
+
+def test_a_check_with_a_defect_costs_itself() -> None:
+    def wrong(_lab: object) -> None:
+        min(set[int]())
+
+    checks = [Check("test", "wrong", "None.", wrong), BY_NAME["negotiation.version"]]
+    defective, after = run(checks, ThreadTarget("nic", RIGHT), Limits())
+    assert (defective.outcome, after.outcome) == (Outcome.UNKNOWN, Outcome.PASS)
+    assert "ValueError at test_conformance_checks.py:" in defective.detail
 
 
 def test_a_check_has_an_end() -> None:

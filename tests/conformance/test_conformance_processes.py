@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def results(how: str, *names: str) -> list[Result]:
     ("how", "detail"),
     [
         ("die", 'the server died of SIGABRT; its last words: "assertion failed: everything"'),
+        ("signal", f"the server died of signal {signal.SIGRTMIN + 3}"),
         ("hang", "the server hangs: no answer within 1 s"),
         ("child", "the server hangs"),
         ("loop", "the server hangs"),

@@ -54,6 +54,7 @@ def handlers_are_put_back():  # type: ignore[no-untyped-def]
         (("--command", "'server {socket}"), 2, "No closing quotation"),
         (("a.sock", "--only", "everything"), 2, 'no check is called "everything"'),
         (("a.sock", "--timeout", "0s"), 2, '"0s" is not more than 0'),
+        (("a.sock", "--junit", "/nowhere/report.xml"), 2, "--junit /nowhere/report.xml: No such file"),
         (("/nowhere/a.sock",), 6, "there is no server to check: /nowhere/a.sock: No such file"),
         (("--command", "/nowhere/server {socket}"), 6, "there is no server to check: /nowhere/server: No such file"),
     ],
@@ -132,6 +133,16 @@ def test_a_run_reports_everywhere(
     assert "specification: DEVICE_GET_INFO tells" in streams.err
     assert ET.parse(file).getroot().get("failures") == "1"
     assert switchover(monkeypatch, "--command", command("die"), "--only", "negotiation.version") == 0
+
+
+def test_a_report_for_which_there_is_no_room_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--only", "negotiation.version", "--json", "--junit", "/dev/full")
+    assert switchover(monkeypatch, "--command", command("plain"), *options) == 1
+    streams = capsys.readouterr()
+    assert json.loads(streams.out)["pass"] == 1
+    assert streams.err.endswith("No space left on device\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from fake_host import SESSION, FakeHost, Serving, result, story
 from switchover.v1 import host_pb2 as pb
-from switchover.v1.migration_pb2 import VerifyMode
+from switchover.v1.migration_pb2 import LaneKind, VerifyMode
 
 from common.rpc.errors import RefusalError
 from console import cli
@@ -42,6 +42,7 @@ MIGRATE = ("migrate", "--source", "a:1", "--destination", "b:1")
         ((*MIGRATE, "--verify", "maybe"), "'--verify'"),
         ((*MIGRATE, "--on-timeout", "wait"), "'--on-timeout'"),
         ((*MIGRATE, "--lanes", "0"), "'--lanes'"),
+        ((*MIGRATE, "--lane-kind", "udp"), "'--lane-kind'"),
         ((*MIGRATE, "--frobnicate"), "no such option: --frobnicate"),
         (("host", "--listen", "7700"), '"7700" is not an address'),
         (("device", "nic"), "missing option '--socket'"),
@@ -86,7 +87,7 @@ def test_help_does_not_import_what_takes_time() -> None:
 def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     host = FakeHost(story(result()))
     with Serving(host) as address:
-        options = "--max-downtime 20ms --bandwidth 1Gbit/s --verify deferred --timeout 1m --max-rounds 9 --lanes 2"
+        options = "--max-downtime 20ms --bandwidth 1Gbit/s --verify deferred --timeout 1m --max-rounds 9 --lanes 2 --lane-kind tcp"
         flags = "--on-timeout switch-over --auto-converge --compress --on-mismatch continue --json"
         arguments = ("migrate", "--source", address, "--destination", "b:1", *options.split(), *flags.split())
         assert switchover(monkeypatch, *arguments) == 0
@@ -100,6 +101,7 @@ def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, caps
         on_timeout=pb.OnTimeout.ON_TIMEOUT_SWITCH_OVER,
         auto_converge=True,
         lanes=2,
+        lane_kind=LaneKind.LANE_KIND_TCP,
         compress=True,
         continue_on_mismatch=True,
     )
@@ -118,6 +120,7 @@ def test_migrate_without_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         verify=VerifyMode.VERIFY_MODE_STRICT,
         on_timeout=pb.OnTimeout.ON_TIMEOUT_CANCEL,
         lanes=1,
+        lane_kind=LaneKind.LANE_KIND_GRPC,
     )
     assert "too many dirty pages [NOT_CONVERGED]" in capsys.readouterr().out
 

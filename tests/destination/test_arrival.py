@@ -83,7 +83,7 @@ class FakeMachine:
 
     def devices(self) -> list[DeviceInfo]:
         return [
-            DeviceInfo("nic0", "nic", 7, "RESUMING", comparable_dump=True),
+            DeviceInfo("nic0", "nic", 7, "RESUMING", comparable_dump=True, bar_sizes=(4096, *[0] * 5)),
             DeviceInfo("nvme0", "nvme", 1, "RESUMING", comparable_dump=False),
         ]
 
@@ -256,9 +256,9 @@ def refused(call: Callable[[], object]) -> str:
 
 def test_prepare_builds_a_machine_that_waits(rig: Rig) -> None:
     answer = rig.prepare(data_first=[0, 100], data_pages=[10, 1])
-    assert [(d.name, d.migration_flags, d.comparable_dump) for d in answer.devices] == [
-        ("nic0", 7, True),
-        ("nvme0", 1, False),
+    assert [(d.name, d.migration_flags, d.comparable_dump, list(d.bar_sizes)) for d in answer.devices] == [
+        ("nic0", 7, True, [4096, 0, 0, 0, 0, 0]),
+        ("nvme0", 1, False, [0] * 6),
     ]
     assert answer.protocol_version == 1 and rig.state() == PREPARING and rig.host.migrating
     assert rig.machine.notes == [("begin", SESSION), ("enter_resuming",)]
@@ -325,7 +325,7 @@ def test_a_host_with_a_machine_takes_no_other(rig: Rig) -> None:
 
 def test_a_host_without_such_a_device_does_not_begin(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [SimpleNamespace(kind=kind, attachment=None) for kind in ("nic", "nvme", "accelerator")]
-    monkeypatch.setattr(arrival_module, "_describe", lambda _: SimpleNamespace(devices=devices))
+    monkeypatch.setattr(arrival_module, "describe", lambda _: SimpleNamespace(devices=devices))
     rig.host.device_kinds = frozenset({"nic"})
     assert refused(rig.prepare) == "NO_SUCH_DEVICE: this host has no device of kind accelerator, nvme"
     assert rig.launches == 0 and not rig.host.migrating
@@ -556,12 +556,12 @@ def test_all_of_ram_is_compared_and_what_both_sides_could_read_of_devices(
     answer = verify(
         rig,
         pb.DeviceDigest(name="nic0", config=4, bars=[2], compared=True),
-        pb.DeviceDigest(name="nvme0", config=99, compared=True),  # cannot be read here
+        pb.DeviceDigest(name="nvme0", config=99, compared=True),  # has only its config space to read here
         pb.DeviceDigest(name="nobody", compared=True),
     )
     assert answer.chunks == 32 and list(answer.mismatches) == differing
     assert list(answer.compared_devices) == ["nic0"]
-    assert [(d.name, d.what) for d in answer.devices] == [("nic0", "BARs")]
+    assert [(d.name, d.what) for d in answer.devices] == [("nic0", "BARs"), ("nvme0", "config space")]
     assert refused(lambda: verify(rig, digests=b"123")) == "BAD_REQUEST: 3 bytes of digests for 32 chunks"
     (verifier,) = FakeVerifier.made
     assert not verifier.early and verifier.calls == ["read_all", "compare True", "compare True"]

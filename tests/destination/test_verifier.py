@@ -186,3 +186,11 @@ def test_what_differs_first_between_two_readings_of_a_device(
     assert compare_device(Digest(1, (2, 3), 4, compared=True), digest) == what
     if what == "state dump":
         assert compare_device(Digest(1, (2, 3), 0, compared=True), digest) is None
+
+
+@pytest.mark.parametrize(("we", "they"), [(False, False), (False, True), (True, False)])
+def test_config_spaces_are_compared_where_there_is_nothing_else(we: bool, they: bool) -> None:
+    ours = Digest(1, (2,) if we else (), 0, compared=we)
+    for config, what in ((1, None), (9, "config space"), (0, None)):  # 0: it was not read there
+        theirs = migration_pb2.DeviceDigest(name="nic0", config=config, bars=[2] if they else [], compared=they)
+        assert compare_device(ours, theirs) == what

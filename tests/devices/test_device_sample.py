@@ -127,7 +127,7 @@ def test_the_state_is_memory_and_timer_wherever_reading_begins(device: Rig, rig:
     state = device.drain(1000)
     assert device.client.stop_copy_length() == 0
     assert len(state) == SIZE and state[:6] == b"second" and state[-8:] == due.to_bytes(8, "little")
-    for stream in (state, before + state, before[:77] + state):
+    for stream in (state, before + state):
         target = rig("sample")
         target.load(stream)
         assert target.dump() == state
@@ -153,9 +153,26 @@ def test_a_timer_that_has_fired_does_not_fire_again_elsewhere(device: Rig, rig: 
             assert quiet(target)
 
 
-def test_a_state_that_is_too_short_is_refused(device: Rig) -> None:
+def test_pre_copy_that_was_left_early_is_completed(device: Rig, rig: Callable[..., Rig]) -> None:
+    device.client.set_state(S.PRE_COPY)
+    begun = bytes(device.client.mig_data_read(77))
+    device.client.region_write(sample.MEMORY_BAR, 0, b"second")
+    device.client.set_state(S.STOP_COPY)
+    left = sample.MEMORY_SIZE - 77 + SIZE
+    assert device.client.stop_copy_length() == left
+    rest = device.drain(1000)
+    assert len(rest) == left
+    target = rig("sample")
+    target.load(begun + rest)
+    assert target.client.region_read(sample.MEMORY_BAR, 0, 6) == b"second"
+
+
+@pytest.mark.parametrize(
+    "size", [0, SIZE - 1, SIZE + 1, sample.MEMORY_SIZE + SIZE - 1, sample.MEMORY_SIZE + SIZE + 1, 2 * SIZE]
+)
+def test_a_state_of_another_length_is_refused(device: Rig, size: int) -> None:
     with pytest.raises(DeviceError) as refused:
-        device.load(bytes(SIZE - 1))
+        device.load(bytes(size))
     assert refused.value.errno == errno.EINVAL
     assert device.client.get_state() == S.ERROR
 

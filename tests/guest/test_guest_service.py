@@ -111,7 +111,8 @@ def control(machine: LiveMachine) -> Iterator[Client]:
 
 def attach(machine: FakeMachine, client: Client, *, fresh: bool = True) -> None:
     boot, fds = machine.boot(fresh=fresh)
-    client.call("attach", fds=fds, boot=boot)
+    client.call("descriptors", fds=fds)
+    client.call("attach", boot=boot)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +138,9 @@ def test_what_cannot_be_is_refused_and_the_vcpu_lives_on(control: Client, method
 
 def test_descriptors_of_a_refused_attach_are_closed(control: Client) -> None:
     reader, writer = os.pipe()
+    control.call("descriptors", fds=[writer])
     with pytest.raises(RequestError):
-        control.call("attach", fds=[writer], boot={})
+        control.call("attach", boot={})
     os.close(writer)
     os.set_blocking(reader, False)
     assert os.read(reader, 1) == b""

@@ -140,7 +140,7 @@ def test_every_attempt_is_what_the_kernel_takes():
 @given(spans, st.integers(0, 310), st.integers(1, 20), st.sampled_from([1, 4]))
 def test_coverage_like_a_set_of_pages(wanted, first, count, alignment):
     """All or nothing: even partly untracked is untracked (QEMU series patch 15)."""
-    coverage = Coverage([Range(at * 4096, size * 4096) for at, size in wanted], alignment * 4096)
+    coverage = Coverage([Range(at * 4096, size * 4096) for at, size in wanted], exact=True, granule=alignment * 4096)
     model = {page for at, size in wanted for page in range(at, at + size)}
     aligned = first % alignment == 0 == count % alignment
     assert coverage.covers(first * 4096, count * 4096) == (aligned and set(range(first, first + count)) <= model)
@@ -210,7 +210,7 @@ def test_ranges_that_touch_become_one():
 
 
 def test_a_mapping_of_half_a_log_page_is_not_covered():
-    coverage = Coverage([Range(0, GIB)], alignment=2 * PAGE_SIZE)
+    coverage = Coverage([Range(0, GIB)], exact=True, granule=2 * PAGE_SIZE)
     assert coverage.covers(0, 2 * PAGE_SIZE)
     assert not coverage.covers(0, PAGE_SIZE)
     assert not coverage.covers(PAGE_SIZE, 2 * PAGE_SIZE)
@@ -288,3 +288,10 @@ def test_a_window_is_at_least_one_page_of_the_log():
     arrays = arrays_of((0, 1 << 20))
     windows = plan_windows(arrays, Coverage([Range(0, GIB)]), granule=512 << 10, max_bitmap=8)
     assert windows == [Range(0, 512 << 10), Range(512 << 10, 512 << 10)]
+
+
+def test_what_is_too_large_for_one_report_is_not_covered_where_mappings_cannot_be_cut() -> None:
+    whole = [Range(0, TIB)]
+    assert Coverage(whole, exact=True).covers(0, 512 * GIB)
+    assert not Coverage(whole, exact=True).covers(0, 512 * GIB + PAGE_SIZE)
+    assert Coverage(whole).covers(0, TIB)

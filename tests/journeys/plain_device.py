@@ -4,7 +4,8 @@ usage: python plain_device.py KIND SOCKET [OPTION …]
 
 It has none of our extensions; answers MIG_DATA_READ with what there is and no padding, 60 000 bytes at the most; REPORT
 takes exactly a mapping, at the page size of START. Options: `messages` (memory that is mapped is not used: DMA comes as
-messages), `no-unmap-bitmap` (DMA_UNMAP with a bitmap is refused), `FLAGS` (a number: the migration flags).
+messages), `no-unmap-bitmap` (DMA_UNMAP with a bitmap is refused), `FLAGS` (a number: the migration flags),
+`KNOB=NUMBER`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ mapped: dict[int, int] = {}
 
 def main(kind: str, path: Path, options: frozenset[str]) -> None:
     flags = next((int(option) for option in options if option.isdecimal()), 5)
-    device = build(kind, "plain", {"migration_flags": flags})
+    knobs = {knob: int(value) for knob, _, value in (option.partition("=") for option in options) if value}
+    device = build(kind, "plain", {"migration_flags": flags, **knobs})
     take, started = device.logging_report, [0]
 
     def start(page_size: int, ranges: object) -> int:

@@ -111,7 +111,8 @@ def test_the_source_does_not_say_where_devices_are(rig: Rig) -> None:
             marks=pytest.mark.matrix,
         ),
         pytest.param("command = 'false'", "far0: its process has ended with exit code 1", marks=pytest.mark.matrix),
-        ("command = 'sh -c \"echo out of luck; exit 3\"'", "with exit code 3: out of luck"),
+        # What it has started before it ends is not left behind.
+        ("command = 'sh -c \"sleep 1000 & echo out of luck; exit 3\"'", "with exit code 3: out of luck"),
     ],
 )
 def test_a_device_that_cannot_be_had(rig: Rig, lines: str, said: str) -> None:
@@ -121,6 +122,19 @@ def test_a_device_that_cannot_be_had(rig: Rig, lines: str, said: str) -> None:
     result = source.migrate(destination.address)
     assert (result.result, result.reason) == ("failed", "CANNOT_BUILD")
     assert said in result.error
+    goes_on(source, before)
+
+
+@pytest.mark.matrix
+def test_a_device_whose_bars_are_of_another_size_there(rig: Rig) -> None:
+    """The guest would find other BARs where it knows its own."""
+    source = rig.start("source", attached("accelerator", f"command = '{command('accelerator')}'"))
+    starts = f"command = '{command('accelerator', f'memory={8 << 20}')}'"
+    destination = rig.start("destination", options=("--device-file", str(device_file(rig, starts))))
+    before = goes_on(source)
+    result = source.migrate(destination.address)
+    assert (result.result, result.reason, result.owner) == ("failed", "DEVICE_DIFFERS", "source")
+    assert result.error.startswith("far0: its BARs have ")
     goes_on(source, before)
 
 

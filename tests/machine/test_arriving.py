@@ -28,6 +28,7 @@ class FakeMachine:
             "nic0": SimpleNamespace(
                 interrupts=[0, 1],
                 doorbells=[0],
+                config_size=6,
                 enter=lambda state: self.notes.append(state),
                 restore_config=lambda config: self.notes.append(config),
             )
@@ -68,6 +69,13 @@ def test_what_no_device_has_cannot_be_pending(
 ) -> None:
     with pytest.raises(OSError, match=said):
         load(arriving, pending=pending)
+    assert machine.notes == [] and machine.pending == {}
+
+
+@pytest.mark.parametrize("config", [b"", b"short", b"much too long"])
+def test_a_config_space_is_as_long_as_the_devices_own(arriving: Arriving, machine: FakeMachine, config: bytes) -> None:
+    with pytest.raises(OSError, match=f"nic0: {len(config)} bytes for 6 of config space"):
+        arriving.load({"runs": 2}, {"nic0": config}, {"nic0": PENDING}, paused=False)
     assert machine.notes == [] and machine.pending == {}
 
 

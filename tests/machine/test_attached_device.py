@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +86,7 @@ def client() -> FakeClient:
 
 
 def attach(client: FakeClient, **told: Any) -> AttachedDevice:
-    started = StartedDevice("nic0", Path("nic0.sock"), None, Path("nic0.log"))
+    started = StartedDevice("nic0", Path("nic0.sock"), None)
     return AttachedDevice(DeviceSpec("nic0", "nic", **told), cast("VfioUserClient", client), started)
 
 
@@ -102,6 +103,16 @@ def test_what_is_there(device: AttachedDevice, client: FakeClient) -> None:
     assert client.irq_calls == [(2, 0x24, 0, 3)]  # MSI-X, eventfds, trigger
     assert list(client.irq_fds) == device.interrupts and len(device.interrupts) == 3
     assert device.migration_flags == MigrationFlags(ALL)
+
+
+@pytest.mark.parametrize("size", [0, 63, 4097, 1 << 60])
+def test_a_device_without_a_configuration_space_is_none(client: FakeClient, size: int) -> None:
+    client.regions[-1].size = size
+    with pytest.raises(OSError, match=f"nic0: its configuration space has {size} bytes, that of a PCI device has from"):
+        attach(client)
+    del client.regions[-1]
+    with pytest.raises(OSError, match="nic0: its configuration space has 0 bytes"):
+        attach(client)
 
 
 def test_a_device_that_was_told_not_to_does_not_migrate(client: FakeClient) -> None:
@@ -124,6 +135,20 @@ def test_a_refused_change_goes_to_where_it_can_recover(device: AttachedDevice, c
         device.enter(DeviceState.STOP_COPY, recover=DeviceState.STOP)
     assert client.states == [DeviceState.STOP_COPY, DeviceState.STOP]
     assert device.state is DeviceState.STOP and client.resets == 0
+
+
+def test_who_is_late_does_not_take_a_device_away(device: AttachedDevice, client: FakeClient) -> None:
+    device.enter(DeviceState.STOP_COPY)
+    device.enter(DeviceState.STOP, only_from=DeviceState.STOP_COPY)
+    device.enter(DeviceState.STOP, only_from=DeviceState.STOP_COPY)  # it is there
+    device.enter(DeviceState.RUNNING)
+    with pytest.raises(OSError, match="nic0: is in RUNNING, not in STOP_COPY"):
+        device.enter(DeviceState.STOP, recover=DeviceState.STOP, only_from=DeviceState.STOP_COPY)
+    client.extension = Extension()
+    with pytest.raises(OSError, match="nic0: is in RUNNING, not in STOP"):
+        device.digest()
+    assert client.states == [DeviceState.STOP_COPY, DeviceState.STOP, DeviceState.RUNNING]
+    assert device.state is DeviceState.RUNNING and not client.resets
 
 
 @pytest.mark.parametrize("recover", [DeviceState.ERROR, DeviceState.STOP])
@@ -243,6 +268,30 @@ def test_what_was_pending_is_taken_once_and_signalled_again(vectors: set[int], d
     device.signal(pending)
     assert device.drain() == pending
     device.close()
+
+
+def test_a_doorbell_that_blocks_and_was_not_rung_is_not_waited_for(client: FakeClient) -> None:
+    for doorbell in client.doorbells:
+        os.set_blocking(doorbell, True)
+    device = attach(client)
+    os.eventfd_write(client.doorbells[1], 1)
+    drained: list[Pending] = []
+    thread = threading.Thread(target=lambda: drained.append(device.drain()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert drained == [Pending((), (1,))]
+    device.close()
+
+
+def test_a_doorbell_is_an_eventfd(client: FakeClient) -> None:
+    theirs, other = os.pipe()
+    client.doorbells.append(theirs)
+    with pytest.raises(OSError, match="nic0: a descriptor that it gives as a doorbell is no eventfd"):
+        attach(client)
+    for doorbell in client.doorbells:
+        with pytest.raises(OSError):
+            os.fstat(doorbell)  # closed
+    os.close(other)
 
 
 def test_a_digest_reads_all_that_can_be_read(device: AttachedDevice, client: FakeClient) -> None:

@@ -43,6 +43,7 @@ class FakeDevice:
         self.spec = SimpleNamespace(kind="nic", container="default")
         self.migration_flags = 7
         self.state = DeviceState.RUNNING
+        self.bar_sizes = {0: 4096, 2: 1 << 20}
         self.client = SimpleNamespace(
             extension=SimpleNamespace(comparable_dump=True),
             mig_data_write=lambda data: notes.append(f"{name} takes {bytes(data)!r}"),
@@ -126,8 +127,8 @@ class FakeMachine:
     def blockers(self) -> list[str]:
         return ["one", "two"]
 
-    def enter(self, device: FakeDevice, state: DeviceState, recover: DeviceState) -> None:
-        self.notes.append(f"{device.name} enters {state.name}, else {recover.name}")
+    def enter(self, device: FakeDevice, state: DeviceState, recover: DeviceState, *, only_from: DeviceState) -> None:
+        self.notes.append(f"{device.name} enters {state.name} from {only_from.name}, else {recover.name}")
 
     def fail(self, cause: str) -> None:
         self.notes.append(f"failed: {cause}")
@@ -212,6 +213,7 @@ def test_a_machine_as_a_whole(rig: Rig) -> None:
         ("nic0", "nic", "RUNNING", True),
         ("nic1", "nic", "RUNNING", True),
     ]
+    assert client.devices()[0].bar_sizes == [4096, 0, 1 << 20, 0, 0, 0]
     assert (client.guest_gap_us(5), client.guest_gap_us(6)) == (1234, None)
     client.pause()
     client.throttle(30)
@@ -238,6 +240,15 @@ def test_a_refusal_is_the_machines_own_words(rig: Rig) -> None:
 def test_nothing_leaves_before_it_begins(rig: Rig, name: str) -> None:
     with pytest.raises(RequestError, match="no migration runs"):
         getattr(rig.connect(), name)()
+
+
+def test_a_device_is_left_alone_when_its_migration_has_ended(rig: Rig) -> None:
+    holder, reader = rig.connect(), rig.connect()
+    holder.begin("5e55")
+    holder.end()
+    with pytest.raises(RequestError, match="no migration runs"):
+        reader.leave_stop_copy("nic0")
+    assert rig.machine.notes == ["begins", "end"]
 
 
 def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
@@ -273,7 +284,7 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
         "enter_precopy",
         "pause_vcpus",
         "stop_devices",
-        "nic1 enters STOP, else STOP",
+        "nic1 enters STOP from STOP_COPY, else STOP",
         "end",
     ]
 

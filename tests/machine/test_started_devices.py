@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,9 +34,9 @@ def test_a_command_is_told_its_socket_as_one_word(tmp_path: Path) -> None:
     (tmp_path / "a b").mkdir()
     device = start(foreign(f"{sys.executable} -c '{script}' {{socket}} x={{socket}}"), tmp_path / "a b", trace=False)
     assert device.process is not None
-    device.process.wait(20)
     path = tmp_path / "a b" / "far0.sock"
-    assert device.ended() == f"its process has ended with exit code 0: {[str(path), f'x={path}']}"
+    assert device.ended(20) == f"its process has ended with exit code 0: {[str(path), f'x={path}']}"
+    device.close()
 
 
 @pytest.mark.parametrize("command", ["/nowhere/device", "device 'of"])
@@ -46,23 +46,59 @@ def test_a_command_that_is_none(tmp_path: Path, command: str) -> None:
 
 
 def test_a_device_that_ends_instead_of_listening(tmp_path: Path) -> None:
+    device = begun(tmp_path, "sh -c 'echo no luck; exit 3'")
     with pytest.raises(OSError, match="far0: its process has ended with exit code 3: no luck"):
-        connect(begun(tmp_path, "sh -c 'echo no luck; exit 3'"))
-
-
-def test_all_that_it_has_started_ends_with_it(tmp_path: Path) -> None:
-    device = begun(tmp_path, "sh -c 'trap \"\" TERM; sleep 1000 & echo $!; wait'")
-    log = tmp_path / "far0.log"
-    deadline = time.monotonic() + 20
-    while not log.read_text().strip():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    child = int(log.read_text())
+        connect(device)
     device.close()
-    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert device.process is not None and device.process.returncode == -signal.SIGKILL
+
+
+STUBBORN = 'trap "" TERM; echo $$ > {socket}.pid; exec sleep 1000'
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (f"sh -c '({STUBBORN}) & wait'", -signal.SIGTERM),  # its child does not listen to SIGTERM
+        (f'sh -c \'trap "" TERM; sh -c "sleep 1000" & {STUBBORN}\'', -signal.SIGKILL),
+        (f"sh -c '({STUBBORN}) & exit 0'", 0),  # it has gone long ago
+    ],
+)
+def test_all_that_it_has_started_ends_with_it(tmp_path: Path, command: str, status: int) -> None:
+    device = begun(tmp_path, command)
+    pid = tmp_path / "far0.sock.pid"
+    wait_for(lambda: pid.exists() and pid.read_text().endswith("\n"))
+    assert device.process is not None
+    if status == 0:
+        assert device.process.wait(20) == 0
+        # Nobody has reaped it, so no other process can have the number that its group is ended by.
+        assert Path(f"/proc/{device.process.pid}").exists()
+    device.close()
+    device.close()
+    assert device.process.wait(0) == status
+    assert not Path(f"/proc/{device.process.pid}").exists()
+    wait_for(lambda: not is_alive(int(pid.read_text())))
+
+
+def test_what_it_says_is_kept_nowhere_but_for_the_end(tmp_path: Path) -> None:
+    device = begun(tmp_path, "sh -c 'head -c 30000000 /dev/zero | tr \"\\0\" y; echo; echo the end; exit 3'")
+    assert device.ended(60) == "its process has ended with exit code 3: the end"
+    assert device.process is not None and len(device.process._output) <= 4096
+    assert list(tmp_path.iterdir()) == []
+    device.close()
 
 
 def test_it_ends_with_whoever_has_started_it(tmp_path: Path) -> None:
@@ -73,14 +109,4 @@ def test_it_ends_with_whoever_has_started_it(tmp_path: Path) -> None:
         "print(start(spec, pathlib.Path(sys.argv[1]), trace=False).process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, check=False)
-    pid = int(done.stdout)
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            break
-        if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: not is_alive(int(done.stdout)))

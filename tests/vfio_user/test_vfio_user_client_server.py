@@ -12,7 +12,8 @@ import pytest
 from fake_device import FakeDevice, connected, serving
 
 from common.iommu.device import IommuDirtyDevice
-from common.vfio.feature import PrecopyInfo, Range
+from common.vfio import feature as vfio
+from common.vfio.feature import DeviceFeature, LoggingReport, PrecopyInfo, Range
 from common.vfio.migration import DeviceState, MigrationFlags
 from common.vfio_user import codec
 from common.vfio_user.capabilities import Capabilities, Extension
@@ -299,13 +300,27 @@ def test_without_the_extension_there_is_no_iommu_to_ask() -> None:
         assert refused(lambda: client.iommu_dirty_report(0, PAGE, PAGE)) == errno.EINVAL
 
 
+def test_a_report_that_is_too_large_for_a_message_is_not_asked_for() -> None:
+    with connected(FakeDevice()) as client:
+        assert refused(lambda: client.logging_report(0, 1 << 40, PAGE)) == errno.E2BIG
+
+
 def test_a_refused_report_clears_nothing() -> None:
     device = FakeDevice()
-    with connected(device) as client:
-        client.logging_start(PAGE, [Range(0, 1 << 50)])
-        device.log.mark(0, PAGE)
-        assert refused(lambda: client.logging_report(0, 1 << 40, PAGE)) == errno.EINVAL
-        assert client.logging_report(0, PAGE, PAGE).tolist() == [1]
+    device.log.start(PAGE, [Range(0, 1 << 50)])
+    device.log.mark(0, PAGE)
+    with serving(device) as sock:
+        raw = RawClient(sock)
+        raw.ask(Command.VERSION, VERSION)
+        number = DeviceFeature.DMA_LOGGING_REPORT | vfio.FEATURE_GET
+
+        def report(length: int) -> tuple[Header, bytes]:
+            body = LoggingReport(0, length, PAGE).pack()
+            room = codec.FEATURE_SIZE + len(body) + vfio.bitmap_bytes(length, PAGE)
+            return raw.ask(Command.DEVICE_FEATURE, Feature(room, number).pack() + body)
+
+        assert report(1 << 40)[0].error == errno.EINVAL
+        assert report(PAGE)[1][-8:] == (1).to_bytes(8, "little")
 
 
 STOPPED = {

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from captures import DATA, DESTINATION, QEMU, SOURCE, answered, load
 from fake_device import READ_WRITE, FakeDevice, serving
+from twin_server import served
 
 from common.vfio.feature import Range
 from common.vfio.migration import DeviceState, MigrationFlags
@@ -346,6 +347,36 @@ def test_a_conversation_of_ours_through_the_proxy_replays_equal_on_both_sides(tm
         converse(ours)
         assert played.result(10) == []
     assert ram[100:150] == b"guest" * 10
+
+
+def test_a_twin_socket_stays_open_and_silent_until_the_end() -> None:
+    messages: list[Recorded] = []
+    client, to_client = socket.socketpair()
+    ended = os.eventfd(0)
+    with served() as (server, _, _), ThreadPoolExecutor(1) as pool:
+        relaying = pool.submit(relay, to_client, server, messages.append, ended)
+        VfioUserClient(client, "far0", timeout=10).close()
+        relaying.result(10)
+        to_client.close()
+        server.close()
+    os.close(ended)
+    assert messages[1].opens_twin_socket
+    ours, theirs = socket.socketpair()
+    with ThreadPoolExecutor(1) as pool:
+        played = pool.submit(replay, "server", theirs, messages, 10)
+        with closing(Connection(ours, limit=1 << 22, timeout=10)) as connection:
+            version = connection.request(Command.VERSION, [messages[0].body])
+            with socket.socket(fileno=version.fds[0]) as twin:
+                with pytest.raises(BlockingIOError):
+                    twin.recv(1, socket.MSG_DONTWAIT)
+                connection.close()
+                assert played.result(10)
+                assert twin.recv(1, socket.MSG_DONTWAIT) == b""
+    ours, theirs = socket.socketpair()
+    with ThreadPoolExecutor(1) as pool:
+        played = pool.submit(replay, "server", theirs, messages, 10)
+        VfioUserClient(ours, "far0", timeout=10).close()
+        assert played.result(10) == []
 
 
 def test_a_server_that_does_not_ask_or_goes_or_asks_too_much_is_told() -> None:

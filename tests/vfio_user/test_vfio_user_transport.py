@@ -1,8 +1,10 @@
 """A connection on which both sides ask, and peers that break it."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import queue
 import socket
 import struct
 import termios
@@ -264,8 +266,45 @@ def test_a_peer_that_does_not_answer() -> None:
 
 
 def test_a_peer_that_does_not_read() -> None:
-    with one_side(timeout=0.05) as (connection, _), pytest.raises(ConnectionLostError, match="sent within"):
+    with one_side(timeout=0.05) as (connection, _), pytest.raises(ConnectionLostError, match="taken within"):
         connection.request(9, [bytes(4 << 20)])
+
+
+def test_a_peer_that_does_not_read_the_reply() -> None:
+    """Whoever answers holds the right to send, and would hold it for ever."""
+    failed: queue.Queue[str] = queue.Queue()
+
+    def answer(connection: Connection, command: Message) -> None:
+        try:
+            connection.reply(command, [bytes(4 << 20)])
+        except ConnectionLostError as error:
+            failed.put(str(error.strerror))
+
+    with one_side(answer, timeout=0.05) as (connection, peer):
+        peer.sendall(Header(1, 9, 16).pack())
+        assert "taken within" in failed.get(timeout=10)
+        with pytest.raises(ConnectionLostError):
+            connection.request(9)
+
+
+def test_a_peer_that_answers_in_drops() -> None:
+    """The time limit is for the whole reply, not for each of its bytes."""
+    over = threading.Event()
+    with one_side(timeout=0.2) as (connection, peer):
+
+        def drip() -> None:
+            for byte in Header(1, 9, 16 + 200, 1).pack() + bytes(199):
+                if over.wait(0.05):
+                    break
+                with contextlib.suppress(OSError):
+                    peer.sendall(bytes([byte]))
+
+        def ask() -> None:
+            with pytest.raises(ConnectionLostError, match="no reply within"):
+                connection.request(9)
+            over.set()
+
+        in_threads(drip, ask)
 
 
 def test_a_peer_that_floods_whoever_asks() -> None:

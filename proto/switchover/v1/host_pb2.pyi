@@ -334,6 +334,7 @@ class MigrateRequest(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     COMPRESS_FIELD_NUMBER: _builtins.int
     CONTINUE_ON_MISMATCH_FIELD_NUMBER: _builtins.int
+    LANE_KIND_FIELD_NUMBER: _builtins.int
     destination: _builtins.str
     """Address of the destination's daemon."""
     max_downtime_ms: _builtins.float
@@ -356,6 +357,8 @@ class MigrateRequest(_message.Message):
     """Compress pages with lz4."""
     continue_on_mismatch: _builtins.bool
     """On a mismatch after the start, leave the machine running at the destination instead of pausing it."""
+    lane_kind: _migration_pb2.LaneKind.ValueType
+    """How the page lanes go; not set: gRPC."""
     def __init__(
         self,
         *,
@@ -370,10 +373,11 @@ class MigrateRequest(_message.Message):
         lanes: _builtins.int = ...,
         compress: _builtins.bool = ...,
         continue_on_mismatch: _builtins.bool = ...,
+        lane_kind: _migration_pb2.LaneKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_converge", b"auto_converge", "bandwidth_limit", b"bandwidth_limit", "compress", b"compress", "continue_on_mismatch", b"continue_on_mismatch", "destination", b"destination", "lanes", b"lanes", "max_downtime_ms", b"max_downtime_ms", "max_rounds", b"max_rounds", "on_timeout", b"on_timeout", "timeout_s", b"timeout_s", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_converge", b"auto_converge", "bandwidth_limit", b"bandwidth_limit", "compress", b"compress", "continue_on_mismatch", b"continue_on_mismatch", "destination", b"destination", "lane_kind", b"lane_kind", "lanes", b"lanes", "max_downtime_ms", b"max_downtime_ms", "max_rounds", b"max_rounds", "on_timeout", b"on_timeout", "timeout_s", b"timeout_s", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -783,6 +787,7 @@ class MigrationResult(_message.Message):
     MAPPINGS_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
+    LANE_KIND_FIELD_NUMBER: _builtins.int
     result: _builtins.str
     """"completed", "cancelled" or "failed"."""
     verified: _builtins.str
@@ -817,6 +822,8 @@ class MigrationResult(_message.Message):
     """Where the machine is now: "source", "destination", or "undecided" until the destination has answered."""
     paused: _builtins.bool
     """The machine was paused by its user, and still is."""
+    lane_kind: _builtins.str
+    """How the pages went: "grpc" or "tcp"."""
     @_builtins.property
     def downtime(self) -> Global___Downtime:
         """Its parts."""
@@ -867,10 +874,11 @@ class MigrationResult(_message.Message):
         mappings: _builtins.int = ...,
         owner: _builtins.str = ...,
         paused: _builtins.bool = ...,
+        lane_kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downtime", b"downtime", "ram", b"ram"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "devices", b"devices", "dirty_tracking", b"dirty_tracking", "downtime", b"downtime", "downtime_ms", b"downtime_ms", "error", b"error", "guest_gap_error_ms", b"guest_gap_error_ms", "guest_gap_ms", b"guest_gap_ms", "machine_uuid", b"machine_uuid", "mappings", b"mappings", "mismatched_pages", b"mismatched_pages", "mismatches", b"mismatches", "owner", b"owner", "paused", b"paused", "ram", b"ram", "reason", b"reason", "result", b"result", "rounds", b"rounds", "session_id", b"session_id", "throttle_percent", b"throttle_percent", "total_ms", b"total_ms", "verified", b"verified", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "devices", b"devices", "dirty_tracking", b"dirty_tracking", "downtime", b"downtime", "downtime_ms", b"downtime_ms", "error", b"error", "guest_gap_error_ms", b"guest_gap_error_ms", "guest_gap_ms", b"guest_gap_ms", "lane_kind", b"lane_kind", "machine_uuid", b"machine_uuid", "mappings", b"mappings", "mismatched_pages", b"mismatched_pages", "mismatches", b"mismatches", "owner", b"owner", "paused", b"paused", "ram", b"ram", "reason", b"reason", "result", b"result", "rounds", b"rounds", "session_id", b"session_id", "throttle_percent", b"throttle_percent", "total_ms", b"total_ms", "verified", b"verified", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

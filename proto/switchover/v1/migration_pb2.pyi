@@ -71,6 +71,30 @@ SESSION_STATE_REVOKED: SessionState.ValueType  # 6
 """The session will never be committed."""
 Global___SessionState: _TypeAlias = SessionState  # noqa: Y015
 
+class _LaneKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LaneKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LaneKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LANE_KIND_UNSPECIFIED: _LaneKind.ValueType  # 0
+    """Not set: gRPC."""
+    LANE_KIND_GRPC: _LaneKind.ValueType  # 1
+    """SendPages, a stream for each lane."""
+    LANE_KIND_TCP: _LaneKind.ValueType  # 2
+    """A TCP connection for each lane, as docs/protocol.md describes it; with TLS if the session has it."""
+
+class LaneKind(_LaneKind, metaclass=_LaneKindEnumTypeWrapper):
+    """LaneKind says how pages travel; everything else is gRPC."""
+
+LANE_KIND_UNSPECIFIED: LaneKind.ValueType  # 0
+"""Not set: gRPC."""
+LANE_KIND_GRPC: LaneKind.ValueType  # 1
+"""SendPages, a stream for each lane."""
+LANE_KIND_TCP: LaneKind.ValueType  # 2
+"""A TCP connection for each lane, as docs/protocol.md describes it; with TLS if the session has it."""
+Global___LaneKind: _TypeAlias = LaneKind  # noqa: Y015
+
 class _PageEncoding:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -174,6 +198,7 @@ class PrepareRequest(_message.Message):
     DATA_PAGES_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    LANE_KIND_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Unique for this attempt."""
     protocol_version: _builtins.int
@@ -188,6 +213,8 @@ class PrepareRequest(_message.Message):
     """How many page lanes the source will open, 1 to 16; 0: one."""
     verify: Global___VerifyMode.ValueType
     """How RAM and devices will be verified, so that the destination reads back what is settled early."""
+    lane_kind: Global___LaneKind.ValueType
+    """How the page lanes come."""
     @_builtins.property
     def data_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First pages of the runs of RAM that hold data now, for touching memory early."""
@@ -208,10 +235,11 @@ class PrepareRequest(_message.Message):
         data_pages: _abc.Iterable[_builtins.int] | None = ...,
         lanes: _builtins.int = ...,
         verify: Global___VerifyMode.ValueType = ...,
+        lane_kind: Global___LaneKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "incarnation", b"incarnation", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "incarnation", b"incarnation", "lane_kind", b"lane_kind", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,21 +253,31 @@ class PrepareResponse(_message.Message):
 
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    LANE_PORT_FIELD_NUMBER: _builtins.int
+    LANE_TOKENS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol that will be spoken."""
+    lane_port: _builtins.int
+    """With TCP lanes: the port, on the host at which the destination was called, that takes them."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparedDevice]:
         """The devices of the machine as the destination has them."""
+
+    @_builtins.property
+    def lane_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """With TCP lanes: for each lane 32 bytes that open it, once."""
 
     def __init__(
         self,
         *,
         protocol_version: _builtins.int = ...,
         devices: _abc.Iterable[Global___PreparedDevice] | None = ...,
+        lane_port: _builtins.int = ...,
+        lane_tokens: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "lane_port", b"lane_port", "lane_tokens", b"lane_tokens", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -254,22 +292,30 @@ class PreparedDevice(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MIGRATION_FLAGS_FIELD_NUMBER: _builtins.int
     COMPARABLE_DUMP_FIELD_NUMBER: _builtins.int
+    BAR_SIZES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The device's name in the machine file."""
     migration_flags: _builtins.int
     """VFIO_MIGRATION_* flags of the destination's device."""
     comparable_dump: _builtins.bool
     """Whether two instances in the same state give the same STOP_COPY dump, so that dumps may be compared."""
+    @_builtins.property
+    def bar_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sizes of its BARs 0 to 5 in bytes, 0 where it has none. A source whose device has others must not go on: BARs would
+        not lie where its guest knows them.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         migration_flags: _builtins.int = ...,
         comparable_dump: _builtins.bool = ...,
+        bar_sizes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparable_dump", b"comparable_dump", "migration_flags", b"migration_flags", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bar_sizes", b"bar_sizes", "comparable_dump", b"comparable_dump", "migration_flags", b"migration_flags", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -720,11 +766,11 @@ class DeviceDigest(_message.Message):
     name: _builtins.str
     """The device's name."""
     config: _builtins.int
-    """xxh3_64 of its config space."""
+    """xxh3_64 of its config space; 0: it was not read."""
     dump: _builtins.int
     """xxh3_64 of a full STOP_COPY dump; 0: no dump was taken."""
     compared: _builtins.bool
-    """Whether anything above was read at all; false: only the records of its stream vouch for it."""
+    """Whether there were BARs or a dump to read; false: only the records of its stream vouch for what it holds."""
     @_builtins.property
     def bars(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """xxh3_64 of each readable BAR, in order of index."""
@@ -768,7 +814,7 @@ class VerifyResponse(_message.Message):
 
     @_builtins.property
     def compared_devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Devices that were read on both sides."""
+        """Devices of which both sides have read BARs or a dump."""
 
     def __init__(
         self,

@@ -1,0 +1,81 @@
+"""What a source asks for, in this host's terms, checked before anything is done about it."""
+
+from __future__ import annotations
+
+import grpc
+from switchover.v1 import migration_pb2
+
+from common.host.host import Host
+from common.machine.attachments import with_attachments
+from common.machine.client import Changes, DeviceConfig, MappingChange
+from common.machine.config import MachineSpec, from_json
+from common.machine.device import Pending
+from common.machine.fields import ConfigError
+from common.memory.layout import PAGE_SIZE
+from common.rpc.errors import RefusalError
+from destination.refusal import bad
+
+__all__ = ["changes", "check_memory", "config", "describe", "find_devices"]
+
+
+def describe(request: migration_pb2.PrepareRequest) -> MachineSpec:
+    """Return the machine that a request describes; refuse a description or runs of data that cannot be."""
+    try:
+        spec = from_json(request.machine_json)
+    except ConfigError as error:
+        raise bad(f"machine description: {error}") from error
+    if spec.uuid != request.machine_uuid:
+        raise bad("machine description and request name different machines")
+    pages = spec.ram_size // PAGE_SIZE
+    end = 0
+    if len(request.data_first) != len(request.data_pages):
+        raise bad("runs of data: as many first pages as lengths are needed")
+    for first, count in zip(request.data_first, request.data_pages, strict=True):
+        if not (end <= first < pages and 0 < count <= pages - first):
+            raise bad(f"runs of data: {count} pages from {first} are not in order or not in RAM")
+        end = first + count
+    return spec
+
+
+def find_devices(spec: MachineSpec, host: Host) -> MachineSpec:
+    """Return the description with this host's devices; refuse if it does not have them all."""
+    emulated = {device.kind for device in spec.devices if device.attachment is None}
+    try:
+        if missing := emulated - host.device_kinds:
+            raise LookupError(f"this host has no device of kind {', '.join(sorted(missing))}")
+        return with_attachments(spec, host.attachments)
+    except LookupError as error:
+        raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NO_SUCH_DEVICE", str(error)) from error
+    except ValueError as error:
+        raise bad(f"machine description: {error}") from error
+
+
+def check_memory(needed: int) -> None:
+    """Refuse a machine that holds more bytes than this host has memory free."""
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    if needed > available:
+        raise RefusalError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "NOT_ENOUGH_MEMORY",
+            f"the machine holds {needed >> 20} MiB in RAM, this host has {available >> 20} MiB free",
+        )
+
+
+def changes(batch: migration_pb2.SendMappingsRequest) -> Changes:
+    """Return a batch of mapping changes in the machine's terms."""
+    return Changes(
+        tuple(MappingChange(item.container, item.iova, item.size) for item in batch.removed),
+        tuple(
+            MappingChange(
+                item.range.container, item.range.iova, item.range.size, item.gpa, item.readable, item.writable
+            )
+            for item in batch.added
+        ),
+    )
+
+
+def config(device: migration_pb2.DeviceConfig) -> DeviceConfig:
+    """Return a device's configuration in the machine's terms."""
+    pending = Pending(tuple(device.pending_vectors), tuple(device.pending_doorbells))
+    return DeviceConfig(device.name, device.config_space, pending)

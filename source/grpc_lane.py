@@ -1,0 +1,74 @@
+"""A page lane that is a gRPC stream, with a connection of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+from switchover.v1 import migration_pb2
+
+from common.memory.pages import BATCH_PAGES, PageBatch
+from common.rpc.page_batch import serialize
+from source.lanes import Unacked
+from source.limiter import Limiter
+from source.stream import AckedStream
+
+__all__ = ["GrpcLane"]
+
+SEND_PAGES = "/switchover.v1.MigrationService/SendPages"
+
+
+class GrpcLane:
+    """See `PageLane`."""
+
+    batch_pages = BATCH_PAGES
+
+    def __init__(
+        self,
+        open_channel: Callable[[], grpc.Channel],
+        session_id: str,
+        number: int,
+        limiter: Limiter,
+        on_applied: Callable[[int, int], None],
+    ) -> None:
+        """Open lane `number` of a session; `on_applied` as for `Unacked`."""
+        self._limiter = limiter
+        self._unacked = Unacked(on_applied)
+        self._channel = open_channel()
+        call = self._channel.stream_stream(
+            SEND_PAGES,
+            request_serializer=lambda message: message,
+            response_deserializer=migration_pb2.SendPagesResponse.FromString,
+        )
+        metadata = (("session-id", session_id), ("lane", str(number)))
+        self._stream: AckedStream[bytes, migration_pb2.SendPagesResponse] = AckedStream(
+            lambda requests: call(requests, metadata=metadata),
+            lambda response: self._unacked.applied(response.applied_sequence),
+        )
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last batch."""
+        return self._stream.sequence
+
+    def send(self, batch: PageBatch) -> int:
+        """Number a batch and send it."""
+        batch.sequence = self._stream.next_sequence()
+        message = serialize(batch)
+        self._unacked.add(batch, len(message))
+        self._limiter.take(len(message))
+        self._stream.send(message)
+        return len(message)
+
+    def drain(self) -> None:
+        """Wait until everything that was sent is applied."""
+        self._stream.drain()
+
+    def interrupt(self, failure: Exception) -> None:
+        """Let every call fail with `failure`."""
+        self._stream.interrupt(failure)
+
+    def close(self, *, abort: bool) -> None:
+        """End the stream and its connection."""
+        self._stream.close(abort=abort)
+        self._channel.close()

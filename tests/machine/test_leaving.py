@@ -1,0 +1,52 @@
+"""What a machine does at its source, around devices that only take notes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from common.machine.device import Pending
+from common.machine.machine import Machine
+from common.machine.moving import Leaving
+
+
+class FakeDevice:
+    """A device that was signalled, until somebody looks."""
+
+    def __init__(self, pending: Pending) -> None:
+        self.pending = pending
+
+    def config_space(self) -> bytes:
+        return bytes(64)
+
+    def drain(self) -> Pending:
+        pending, self.pending = self.pending, Pending()
+        return pending
+
+
+class BrokenDevice(FakeDevice):
+    """A device that cannot be looked at."""
+
+    def drain(self) -> Pending:
+        raise OSError("no eventfd")
+
+
+def leaving(devices: dict[str, FakeDevice], pending: dict[str, Pending]) -> tuple[Leaving, SimpleNamespace]:
+    vcpus = SimpleNamespace(state_out=lambda: {"runs": 1})
+    machine = SimpleNamespace(containers={}, devices=devices, vcpus=vcpus, pending=pending)
+    return Leaving(cast("Machine", machine)), machine
+
+
+def test_what_was_pending_already_goes_too() -> None:
+    its, machine = leaving({"nic0": FakeDevice(Pending((1,)))}, {"nic0": Pending((0,), (2,))})
+    assert its.rest() == ({"runs": 1}, {"nic0": bytes(64)}, {"nic0": Pending((0, 1), (2,))})
+    assert machine.pending == {"nic0": Pending((0, 1), (2,))}
+
+
+def test_what_was_drained_is_kept_whatever_happens_to_the_next_device() -> None:
+    its, machine = leaving({"nic0": FakeDevice(Pending((1,))), "nic1": BrokenDevice(Pending())}, {})
+    with pytest.raises(OSError, match="no eventfd"):
+        its.rest()
+    assert machine.pending == {"nic0": Pending((1,))}
