@@ -189,55 +189,67 @@ SCENES = {
 
 
 def compare(
-    runs: int, name: str, *, ram: int | None = None, only: str = "", kept: Path | None = None, plot: Path | None = None
+    runs: int,
+    name: str,
+    *,
+    ram: int | None = None,
+    only: Sequence[str] = (),
+    kept: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
-    """Let the rows of a scene whose names contain `only` move RAM in turns, and print the table.
+    """Let the rows of a scene move RAM in turns until each has done so `runs` times, and print the table.
 
-    `kept` is a file of samples: those of earlier runs count too, and the new ones are added. `plot` is where the chart
-    goes.
+    `only` are parts of names of rows, without which it is all of them. `kept` is a file of samples: those of earlier
+    runs count too, and new ones are added. `plot` is where the chart goes.
     """
     console = Console(width=300)
     scene = SCENES[name]
-    rows = [row for row in scene.rows if only in row.name]
+    rows = [row for row in scene.rows if not only or any(part in row.name for part in only)]
     size = ram or scene.ram_bytes
-    found = read(kept, name) if kept is not None else {}
+    earlier = read(kept, name) if kept is not None else {}
+    found = {row.name: earlier.get(row.name, []) for row in rows}
     missing: dict[str, str] = {}
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sw-bench-", dir=SHARED_MEMORY)))
-        image, source_ram = directory / "image", directory / "source.ram"
-        if scene.files:
-            report = write_files(image, size, CORPUS)
-            console.print(
-                f"{report.bytes >> 20} MiB of {report.files} files of {CORPUS}, no file twice; "
-                f"{ZERO_FRACTION:.0%} of the pages are zero"
-            )
-        else:
-            write_random(image, size)
-        link = stack.enter_context(open_link(scene.rate))
-        hosts = stack.enter_context(open_hosts(link, directory, image, size, source_ram))
-        stage = Stage(link, directory, source_ram, directory / "destination.ram", hosts)
-        for _ in range(runs):
-            for row in rows:
-                if row.name in missing:
-                    continue
+
+    def next_row() -> Row | None:
+        wanted = [row for row in rows if row.name not in missing and len(found[row.name]) < runs]
+        return min(wanted, key=lambda row: len(found[row.name]), default=None)
+
+    if next_row() is not None:
+        with ExitStack() as stack:
+            stage = _set_up(stack, scene, size)
+            while (row := next_row()) is not None:
                 try:
                     sample = row.move(stage)
                 except NotHereError as error:
                     missing[row.name] = str(error)
                     continue
-                found.setdefault(row.name, []).append(sample)
+                found[row.name].append(sample)
                 if kept is not None:
                     write(kept, name, row.name, sample)
-    ordered = {row.name: found.get(row.name, []) for row in rows}
-    count = max(map(len, ordered.values()), default=0)
-    title = f"{size / GIB:g} GiB, {scene.title}: median (min–max) of {count}"
+    title = f"{size / GIB:g} GiB, {scene.title}: median (min–max) of {max(map(len, found.values()), default=0)}"
     by_speed = scene.rate is None
     references = {
         row.name: f"{'speed' if by_speed else 'time'} × {row.name.removeprefix('QEMU, ')}" for row in scene.references
     }
-    console.print(table(title, ordered, missing, references, speed=by_speed))
+    console.print(table(title, found, missing, references, speed=by_speed))
     if plot is not None:
-        plot.write_text(spans({f"{title}, GB/s": _speeds(ordered)}))
+        plot.write_text(spans({f"{title}, GB/s": _speeds(found)}))
+
+
+def _set_up(stack: ExitStack, scene: Scene, size: int) -> Stage:
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sw-bench-", dir=SHARED_MEMORY)))
+    image, source_ram = directory / "image", directory / "source.ram"
+    if scene.files:
+        report = write_files(image, size, CORPUS)
+        print(
+            f"{report.bytes >> 20} MiB of {report.files} files of {CORPUS}, no file twice; "
+            f"{ZERO_FRACTION:.0%} of the pages are zero"
+        )
+    else:
+        write_random(image, size)
+    link = stack.enter_context(open_link(scene.rate))
+    hosts = stack.enter_context(open_hosts(link, directory, image, size, source_ram))
+    return Stage(link, directory, source_ram, directory / "destination.ram", hosts)
 
 
 def _speeds(found: dict[str, list[Sample]]) -> dict[str, tuple[float, float, float]]:
