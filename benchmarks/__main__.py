@@ -29,7 +29,7 @@ parser.add_argument("--runs", type=int, default=5, help="of each configuration; 
 parser.add_argument("--plot", type=Path, metavar="FILE", help="where to put the chart of the one that has one, as SVG")
 peer = parser.add_argument_group("beside peers", ", ".join(peers.SCENES))
 peer.add_argument("--ram", type=parse_size, metavar="SIZE", help="instead of the scene's own")
-peer.add_argument("--only", action="append", default=[], metavar="TEXT", help="only rows with this in their names")
+peer.add_argument("--only", action="append", default=[], metavar="REGEX", help="only rows whose names have this")
 peer.add_argument("--samples", type=Path, metavar="FILE", help="count what it has from earlier runs, and add to it")
 arguments = parser.parse_args()
 BENCHMARKS["strategies"] = partial(tracking.strategies, plot=arguments.plot)

@@ -6,6 +6,7 @@ machine has the same bytes in its RAM, and goes to and fro. What each figure mea
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 import tempfile
@@ -199,12 +200,12 @@ def compare(
 ) -> None:
     """Let the rows of a scene move RAM in turns until each has done so `runs` times, and print the table.
 
-    `only` are parts of names of rows, without which it is all of them. `kept` is a file of samples: those of earlier
+    `only` are patterns of names of rows; without one it is all of them. `kept` is a file of samples: those of earlier
     runs count too, and new ones are added. `plot` is where the chart goes.
     """
     console = Console(width=300)
     scene = SCENES[name]
-    rows = [row for row in scene.rows if not only or any(part in row.name for part in only)]
+    rows = [row for row in scene.rows if not only or any(re.search(part, row.name) for part in only)]
     size = ram or scene.ram_bytes
     earlier = read(kept, name) if kept is not None else {}
     found = {row.name: earlier.get(row.name, []) for row in rows}
