@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
 
-.PHONY: help demo test test-matrix test-interop check proto proto-fresh mutation wheel bench clean
+.PHONY: help demo test test-matrix test-interop test-faults fuzz check proto proto-fresh mutation wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,8 @@ help:
 	@echo 'make test    run every test'
 	@echo 'make test-matrix  run the long journeys and scenarios'
 	@echo 'make test-interop  run against other implementations, where they are installed (docs/vfio-user-extensions.md)'
+	@echo 'make test-faults  each component fails in each phase (SEED=1: devices and order)'
+	@echo 'make fuzz    feed decoders with spoilt inputs (SECONDS=60 SEED=any DECODERS=all)'
 	@echo 'make check   format, lint, types, proto freshness and lint, wheel in a clean environment'
 	@echo 'make bench   measure (benchmarks/)'
 	@echo 'make mutation  change the pure modules of dirty tracking and the verifier, and see which tests notice'
@@ -42,6 +44,13 @@ test-matrix: $(VENV)/.installed
 # Says of each test that it skips what is not there: SWITCHOVER_LIBVFIO_USER, SWITCHOVER_QEMU.
 test-interop: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m interop -rs $(ARGS)
+
+test-faults: $(VENV)/.installed
+	@SEED=$(SEED) $(BIN)/python -m pytest -m 'matrix or not matrix' tests/faults $(ARGS)
+
+# What fails is written to tests/data/fuzz, where `make test` finds it from then on; the same seed gives the same inputs.
+fuzz: $(VENV)/.installed
+	@$(BIN)/python tests/fuzz/fuzzing.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(DECODERS)
 
 check: $(VENV)/.installed-dev proto-fresh
 	$(BIN)/ruff format --check .

@@ -11,7 +11,9 @@ from destination.daemon import run
 
 parser = argparse.ArgumentParser(prog="python -m destination")
 parser.add_argument("--listen", default="127.0.0.1:7700", metavar="HOST:PORT", help="port 0 takes a free one")
-parser.add_argument("--lane-port", type=int, default=0, help="for page lanes of the kind tcp; 0: a free one each time")
+parser.add_argument(
+    "--lane-port", type=int, choices=range(1 << 16), default=0, metavar="PORT", help="for page lanes of the kind tcp"
+)
 parser.add_argument("--state-dir", type=Path, help="where records and machines live")
 parser.add_argument("--tls", type=Path, metavar="DIRECTORY", help="certificates and keys (switchover certs)")
 parser.add_argument("--insecure", action="store_true", help="listen beyond loopback without TLS")

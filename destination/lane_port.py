@@ -86,6 +86,8 @@ class LanePort:
             self._serve(lane, stranger)
         except (OSError, ValueError) as error:
             _log.warning("not a page lane of ours", message=str(error))
+        except Exception:  # noqa: BLE001  # the edge: a defect of ours ends this lane, which its source notices
+            _log.exception("defect", lane=thread.name)
         finally:
             with self._lock:
                 self._strangers.pop(thread, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from common.memory.pages import Applier, PageBatch
+from common.memory.pages import Applier, PageBatch, belongs
 from destination.refusal import bad
 
 __all__ = ["Lanes", "Receive"]
@@ -29,6 +29,8 @@ class Lanes:
         if batch.sequence != self.sequences[lane] + 1:
             raise bad(f"lane {lane}: batch {batch.sequence} after {self.sequences[lane]}")
         try:
+            if not belongs(batch, lane, len(self.sequences)):
+                raise ValueError("a batch has pages of another lane")
             self.applier.apply(batch, receive)
         except ValueError as error:
             raise bad(f"lane {lane}, batch {batch.sequence}: {error}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from switchover.v1 import migration_pb2
 
 from destination.refusal import bad
 
-__all__ = ["Loading"]
+__all__ = ["Loading", "check_whole"]
 
 Kind = migration_pb2.DeviceStateKind
 _DATA_KINDS = (Kind.DEVICE_STATE_KIND_PRECOPY_DATA, Kind.DEVICE_STATE_KIND_STOP_COPY_DATA)
@@ -40,3 +42,13 @@ class Loading:
             self.initial_data_loaded = False
         self.initial_data_loaded |= record.kind == Kind.DEVICE_STATE_KIND_INIT_DATA_SENT and self._has_precopy
         self.ended = record.kind == Kind.DEVICE_STATE_KIND_END
+
+
+def check_whole(devices: Mapping[str, Loading], told: Iterable[migration_pb2.DeviceConfig]) -> None:
+    """Refuse to go on unless the source tells of exactly these devices, and all of each has come."""
+    sequences = {device.name: device.record_sequence for device in told}
+    if set(sequences) != set(devices):
+        raise bad("the devices are not those that were prepared")
+    for name, sequence in sequences.items():
+        if not devices[name].ended or devices[name].sequence != sequence:
+            raise bad(f"{name}: its state has not arrived whole")

@@ -7,7 +7,6 @@ its own, and `after` (destination/handover.py) says which may follow which.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -35,11 +34,11 @@ from destination import handover
 from destination.handover import Event
 from destination.lane_port import LanePort
 from destination.lanes import Lanes, Receive
-from destination.loading import Loading
+from destination.loading import Loading, check_whole
 from destination.refusal import bad
-from destination.request import changes, check_memory, config, describe, find_devices
+from destination.request import changes, check_memory, describe, find_devices, rest
 from destination.tcp_lane import receive_batches
-from destination.verifier import Verifier, compare_device
+from destination.verifier import Verifier, compare_devices
 
 __all__ = ["Arrival"]
 
@@ -67,7 +66,8 @@ class Arrival:
         self._lane_listen = lane_listen
         self._lane_port: LanePort | None = None
         self._mapping_sequence = 0
-        self._open_streams = 0
+        self._open_streams: set[str] = set()
+        self._prepared = False
         self._active_at = time.monotonic()
         self._held = ExitStack()
         self._verifier: Verifier | None = None
@@ -106,6 +106,7 @@ class Arrival:
             if self.state != handover.PREPARING:
                 # It was revoked while it was built, when there was nothing to take down yet.
                 self._take_down()
+            self._prepared = True
             self._expect(handover.PREPARING)
             if request.lane_kind == migration_pb2.LANE_KIND_TCP:
                 self._lane_port = self._listen()
@@ -146,7 +147,7 @@ class Arrival:
     def serve_lane(self, lane: int, connection: LaneSocket) -> None:
         """The same for a TCP lane, to its end; what it is refused for it is told."""
         try:
-            with self.streaming():
+            with self.streaming(f"lane {lane}"):
                 receive_batches(connection, partial(self._apply_batch, lane))
         except RefusalError as refusal:
             with suppress(OSError):
@@ -205,18 +206,15 @@ class Arrival:
         """Check that all has arrived, load the rest, take the devices out of RESUMING: they validate their state."""
         began = time.monotonic()
         self._expect(handover.PREPARING)
+        vcpu, configs = rest(request, self._devices, len(self._lanes.sequences))
         self._check_complete(request)
-        try:
-            vcpu = json.loads(request.vcpu_json)
-            self._run = int(vcpu["runs"]) + 1
-        except (KeyError, TypeError, ValueError) as error:
-            raise bad(f"vCPU state: {error}") from error
+        self._run = vcpu["runs"] + 1
         assert self._machine is not None
         self._paused = request.paused
         reading = None
         if self._verify == Verify.VERIFY_MODE_DEFERRED and self._verifier is not None:
             reading = self._pool.submit(self._verifier.complete)
-        self._machine.load(vcpu, [config(device) for device in request.devices], paused=request.paused)
+        self._machine.load(vcpu, configs, paused=request.paused)
         if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
             # After the devices have validated their state: what one of them wrote meanwhile is read too.
             reading = self._pool.submit(self._verifier.read_all)
@@ -234,12 +232,7 @@ class Arrival:
             raise bad("not all page batches have arrived")
         if request.mapping_sequence != self._mapping_sequence:
             raise bad("not all mapping changes have arrived")
-        if {device.name for device in request.devices} != set(self._devices):
-            raise bad("the devices are not those that were prepared")
-        for device in request.devices:
-            loading = self._devices[device.name]
-            if not loading.ended or loading.sequence != device.record_sequence:
-                raise bad(f"{device.name}: its state has not arrived whole")
+        check_whole(self._devices, request.devices)
 
     def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
@@ -257,16 +250,7 @@ class Arrival:
             raise bad(str(error)) from error
         if self._verify == Verify.VERIFY_MODE_DEFERRED:
             self._let_go()
-        differing, compared = [], []
-        for theirs in request.devices:
-            ours = self._device_digests.get(theirs.name)
-            if ours is None:
-                continue
-            if ours.compared and theirs.compared:
-                compared.append(theirs.name)
-            what = compare_device(ours, theirs)
-            if what is not None:
-                differing.append(migration_pb2.DeviceMismatch(name=theirs.name, what=what))
+        differing, compared = compare_devices(self._device_digests, request.devices)
         return migration_pb2.VerifyResponse(
             chunks=len(request.chunk_digests) // 8,
             mismatches=mismatches,
@@ -399,17 +383,26 @@ class Arrival:
 
     def _expect(self, state: handover.State.ValueType) -> None:
         self._active_at = time.monotonic()
+        if self.state == handover.PREPARING and not self._prepared:
+            raise bad("the session is not prepared yet")
         if self.state != state:
             name = handover.State.Name(self.state).removeprefix("SESSION_STATE_")
             why = f": {self._revoked_for}" if self._revoked_for else ""
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}{why}")
 
     @contextmanager
-    def streaming(self) -> Iterator[None]:
-        """Serve one stream in this block; one that breaks before COMMIT ends the session."""
-        with self._decision:
-            self._open_streams += 1
+    def streaming(self, name: str) -> Iterator[None]:
+        """Serve the one stream of that name in this block; one that breaks before COMMIT ends the session."""
         try:
+            with self._decision:
+                if name in self._open_streams:
+                    raise bad(f"there is a stream for {name} already")
+                self._open_streams.add(name)
+        except RefusalError as error:
+            self.lose(str(error))
+            raise
+        try:
+            self._expect(handover.PREPARING)
             yield
         except RefusalError as error:
             self.lose(str(error))
@@ -421,7 +414,7 @@ class Arrival:
             raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", why) from error
         finally:
             with self._decision:
-                self._open_streams -= 1
+                self._open_streams.discard(name)
                 self._active_at = time.monotonic()
 
     def lose(self, why: str) -> None:
@@ -431,6 +424,9 @@ class Arrival:
                 self.revoke(why)
             except ValueError:
                 _log.info("stream lost after COMMIT", session=self.session_id, reason=why)
+            except OSError as error:
+                # Not on disk is not decided: `_watch` tries again.
+                _log.error("arrival not revoked", session=self.session_id, message=str(error))
 
     def _watch(self) -> None:
         """Revoke a session that the source has forgotten: nothing is lost, for it is still the owner."""

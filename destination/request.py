@@ -1,6 +1,14 @@
-"""What a source asks for, in this host's terms, checked before anything is done about it."""
+"""What a source asks for, in this host's terms, checked before anything is done about it.
+
+A message may have 64 MiB, and a list in it many times more entries than anything here can have: what is long is refused
+before anything is made of it.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
 
 import grpc
 from switchover.v1 import migration_pb2
@@ -15,7 +23,14 @@ from common.memory.layout import PAGE_SIZE
 from common.rpc.errors import RefusalError
 from destination.refusal import bad
 
-__all__ = ["changes", "check_memory", "config", "describe", "find_devices"]
+__all__ = ["MAX_CHANGES", "changes", "check_memory", "describe", "find_devices", "rest"]
+
+MAX_CHANGES = 1 << 16
+"""Mappings that one batch may remove, and add."""
+
+MAX_VCPU_JSON = 1 << 20
+MAX_PENDING = 2048  # vectors: an MSI-X table has no more
+CONFIG_SIZES = range(64, 4096 + 1)  # from a header alone to that of PCI Express
 
 
 def describe(request: migration_pb2.PrepareRequest) -> MachineSpec:
@@ -23,7 +38,7 @@ def describe(request: migration_pb2.PrepareRequest) -> MachineSpec:
     try:
         spec = from_json(request.machine_json)
     except ConfigError as error:
-        raise bad(f"machine description: {error}") from error
+        raise bad(str(error)) from error
     if spec.uuid != request.machine_uuid:
         raise bad("machine description and request name different machines")
     pages = spec.ram_size // PAGE_SIZE
@@ -64,6 +79,8 @@ def check_memory(needed: int) -> None:
 
 def changes(batch: migration_pb2.SendMappingsRequest) -> Changes:
     """Return a batch of mapping changes in the machine's terms."""
+    if len(batch.removed) > MAX_CHANGES or len(batch.added) > MAX_CHANGES:
+        raise bad(f"{len(batch.removed)} + {len(batch.added)} mappings in one batch, at most {MAX_CHANGES} of a kind")
     return Changes(
         tuple(MappingChange(item.container, item.iova, item.size) for item in batch.removed),
         tuple(
@@ -75,7 +92,32 @@ def changes(batch: migration_pb2.SendMappingsRequest) -> Changes:
     )
 
 
-def config(device: migration_pb2.DeviceConfig) -> DeviceConfig:
-    """Return a device's configuration in the machine's terms."""
+def rest(
+    request: migration_pb2.FinishRequest, devices: Collection[str], lanes: int
+) -> tuple[dict[str, Any], list[DeviceConfig]]:
+    """Return the vCPU's state and what a VMM keeps for each of `devices`; refuse what is not of a machine like this.
+
+    What the vCPU's state means is the vCPU's to check; that it says how often it has run is checked here.
+    """
+    if len(request.lane_sequences) != lanes:
+        raise bad(f"not all page batches have arrived: {len(request.lane_sequences)} lanes, {lanes} were announced")
+    if len(request.devices) != len(devices) or {device.name for device in request.devices} != set(devices):
+        raise bad("the devices are not those that were prepared")
+    if len(request.vcpu_json) > MAX_VCPU_JSON:
+        raise bad(f"vCPU state: {len(request.vcpu_json)} characters, at most {MAX_VCPU_JSON} are possible")
+    try:
+        vcpu = json.loads(request.vcpu_json)
+    except (ValueError, RecursionError) as error:
+        raise bad(f"vCPU state: {error}") from error
+    if not isinstance(vcpu, dict) or type(vcpu.get("runs")) is not int:
+        raise bad("vCPU state: it does not say how often the vCPU has run")
+    return vcpu, [_config(device) for device in request.devices]
+
+
+def _config(device: migration_pb2.DeviceConfig) -> DeviceConfig:
+    if len(device.config_space) not in CONFIG_SIZES:
+        raise bad(f"{device.name}: a configuration space of {len(device.config_space)} bytes")
+    if len(device.pending_vectors) > MAX_PENDING or len(device.pending_doorbells) > MAX_PENDING:
+        raise bad(f"{device.name}: more than {MAX_PENDING} pending interrupts or doorbells")
     pending = Pending(tuple(device.pending_vectors), tuple(device.pending_doorbells))
     return DeviceConfig(device.name, device.config_space, pending)

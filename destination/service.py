@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import grpc
+import structlog
 from switchover.v1 import migration_pb2, migration_pb2_grpc
 
-from common.host.host import COMMITTED, REVOKED, Host
+from common.host.host import ARRIVED, COMMITTED, REVOKED, Host
 from common.ipc.channel import ClosedError, RequestError
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError
@@ -19,6 +20,8 @@ from destination import handover
 from destination.migration import Arrival
 
 __all__ = ["PROTOCOL_VERSIONS", "MigrationServicer", "register"]
+
+_log = structlog.get_logger()
 
 PROTOCOL_VERSIONS = (1,)
 MAX_LANES = 16
@@ -93,10 +96,10 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a lane's batches (which arrive as bytes: see `register`)."""
         arrival = self._of_stream(context)
         lane = _metadata(context, "lane")
-        if not lane.isdecimal():
+        if not (lane.isascii() and lane.isdecimal() and len(lane) <= 4):
             raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"no lane number: {lane!r}")
         batches = (_parse(message) for message in request_iterator)
-        yield from _streaming(arrival, arrival.apply_pages(int(lane), batches), context)
+        yield from _streaming(arrival, f"lane {lane}", arrival.apply_pages(int(lane), batches), context)
 
     def SendDeviceState(
         self, request_iterator: Iterator[migration_pb2.SendDeviceStateRequest], context: grpc.ServicerContext
@@ -104,14 +107,15 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply a device's records."""
         arrival = self._of_stream(context)
         name = _metadata(context, "device")
-        yield from _streaming(arrival, arrival.apply_device_state(name, request_iterator), context)
+        records = arrival.apply_device_state(name, request_iterator)
+        yield from _streaming(arrival, f"device {name}", records, context)
 
     def SendMappings(
         self, request_iterator: Iterator[migration_pb2.SendMappingsRequest], context: grpc.ServicerContext
     ) -> Iterator[migration_pb2.SendMappingsResponse]:
         """Apply mapping changes."""
         arrival = self._of_stream(context)
-        yield from _streaming(arrival, arrival.apply_mappings(request_iterator), context)
+        yield from _streaming(arrival, "mappings", arrival.apply_mappings(request_iterator), context)
 
     def Finish(
         self, request: migration_pb2.FinishRequest, context: grpc.ServicerContext
@@ -133,6 +137,18 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     ) -> migration_pb2.CommitResponse:
         """Take the machine over."""
         return self._of(request.session_id).commit(request)
+
+    def Halt(self, request: migration_pb2.HaltRequest, context: grpc.ServicerContext) -> migration_pb2.HaltResponse:
+        """Pause the machine that this session has brought, also if another daemon of this host has served it then."""
+        record = self._host.record()
+        if record is None or record.session_id != request.session_id or record.ownership not in ARRIVED:
+            raise RefusalError(
+                grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no machine is here that such a session brought"
+            )
+        _log.error("machine halted by its source", session=request.session_id, reason=request.reason)
+        self._host.require_machine().pause()
+        self._host.events.publish(request.session_id, machine_state="paused")
+        return migration_pb2.HaltResponse()
 
     def GetSession(
         self, request: migration_pb2.GetSessionRequest, context: grpc.ServicerContext
@@ -209,9 +225,11 @@ def register(servicer: MigrationServicer, server: grpc.Server) -> None:
     server.add_registered_method_handlers(SERVICE, {"SendPages": pages})
 
 
-def _streaming(arrival: Arrival, answers: Iterator[Response], context: grpc.ServicerContext) -> Iterator[Response]:
+def _streaming(
+    arrival: Arrival, name: str, answers: Iterator[Response], context: grpc.ServicerContext
+) -> Iterator[Response]:
     try:
-        with arrival.streaming():
+        with arrival.streaming(name):
             yield from answers
     finally:
         if not context.is_active():

@@ -8,6 +8,7 @@ settled, and in the blackout only those that were written again.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from common.memory.layout import CHUNK_SIZE
 from common.memory.pages import Applier
 from common.memory.ram import GuestRam
 
-__all__ = ["Verifier", "compare_device"]
+__all__ = ["Verifier", "compare_device", "compare_devices"]
 
 SETTLE_SECONDS = 0.02
 NEVER_READ = -1
@@ -92,6 +93,23 @@ class Verifier:
         if self._settler.is_alive():
             self._settler.join()
         self._workers.close()
+
+
+def compare_devices(
+    ours: Mapping[str, Digest], theirs: Iterable[migration_pb2.DeviceDigest]
+) -> tuple[list[migration_pb2.DeviceMismatch], list[str]]:
+    """Return what differs, and the names of the devices that were read on both sides."""
+    differing, compared = [], []
+    for reading in theirs:
+        own = ours.get(reading.name)
+        if own is None:
+            continue
+        if own.compared and reading.compared:
+            compared.append(reading.name)
+        what = compare_device(own, reading)
+        if what is not None:
+            differing.append(migration_pb2.DeviceMismatch(name=reading.name, what=what))
+    return differing, compared
 
 
 def compare_device(ours: Digest, theirs: migration_pb2.DeviceDigest) -> str | None:

@@ -64,7 +64,10 @@ def commit(
     """
     request = migration_pb2.CommitRequest(session_id=session_id, incarnation=incarnation)
     try:
-        return stub.Commit(request, timeout=CALL_SECONDS).start_us / 1000
+        response = stub.Commit(request, timeout=CALL_SECONDS)
+        if response.state in OWNED:
+            return response.start_us / 1000
+        _log.warning("COMMIT was answered without being done", session=session_id, state=response.state)
     except grpc.RpcError as error:
         failure = peer_error(error)
         _log.warning("COMMIT was not answered", session=session_id, reason=failure.reason, message=str(failure))

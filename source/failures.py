@@ -6,6 +6,7 @@ from common.ipc.channel import ClosedError, RequestError
 from common.rpc.errors import PeerError
 from source.commit import NotStartedError, RevokedError, UndecidedError
 from source.counterparts import DeviceDiffersError
+from source.state_streams import EndlessStateError
 from source.verdict import DataLossError
 
 __all__ = ["CancelledError", "NotConvergedError", "explain"]
@@ -30,6 +31,8 @@ def explain(error: Exception, destination: str) -> tuple[str, str]:
             return "DATA_LOSS", str(error)
         case DeviceDiffersError():
             return "DEVICE_DIFFERS", str(error)
+        case EndlessStateError():
+            return "ENDLESS_STATE", str(error)
         case RevokedError():
             return "REVOKED", str(error)
         case NotStartedError():

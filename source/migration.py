@@ -7,17 +7,19 @@ happened. What is behind COMMIT cannot, and only the destination's word leads pa
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 import structlog
-from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
+from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
 from common import hooks
 from common.host.host import Host
@@ -28,7 +30,7 @@ from common.machine.record import Ownership
 from common.memory import bitmap, runs
 from common.memory.bitmap import Words
 from common.rpc.channel import open_bulk_channel, open_channel
-from common.rpc.errors import peer_error
+from common.rpc.errors import PeerError, peer_error
 from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
@@ -58,6 +60,8 @@ OWNERS = {Ownership.OWNER: "source", Ownership.COMMITTING: "undecided", Ownershi
 _log = structlog.get_logger()
 LaneKind = migration_pb2.LaneKind
 Verify = migration_pb2.VerifyMode
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 class Migration:
@@ -87,6 +91,7 @@ class Migration:
         self._verifier: Verifier | None = None
         self._held = ExitStack()
         self._prepared = False
+        self._call: grpc.Future[Any] | None = None
         self._machine = host.machine.another()
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
@@ -105,6 +110,8 @@ class Migration:
     def _interrupt(self, failure: Exception) -> None:
         """Let whoever sends or waits for the destination fail."""
         self._limiter.lift()
+        if self._call is not None:
+            self._call.cancel()
         if self._open_streams is not None:
             self._open_streams.interrupt(failure)
 
@@ -147,7 +154,8 @@ class Migration:
         data_first, data_pages = self._ram.data_runs()
         mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
         with self._calling():
-            prepared = self._stub.Prepare(
+            prepared = self._answer(
+                self._stub.Prepare,
                 migration_pb2.PrepareRequest(
                     session_id=self.session_id,
                     protocol_version=PROTOCOL_VERSION,
@@ -160,9 +168,15 @@ class Migration:
                     verify=self._request.verify,
                     lane_kind=self._request.lane_kind,
                 ),
-                timeout=self._long_call_s,
+                self._long_call_s,
             )
             self._prepared = True
+        if prepared.protocol_version != PROTOCOL_VERSION:
+            raise PeerError(
+                "PROTOCOL_VERSION",
+                f"answers in protocol {prepared.protocol_version} what was asked in {PROTOCOL_VERSION}",
+                grpc.StatusCode.FAILED_PRECONDITION,
+            )
         check_counterparts(devices, prepared.devices)
         mapping.result()
         self._check()
@@ -294,7 +308,7 @@ class Migration:
         # Now, and not in setup: two clocks drift apart by a downtime in an hour or so.
         with self._calling():
             self._clock = measure(
-                lambda: self._stub.ReadClock(migration_pb2.ReadClockRequest(), timeout=CALL_SECONDS).monotonic_ns
+                lambda: self._answer(self._stub.ReadClock, migration_pb2.ReadClockRequest(), CALL_SECONDS).monotonic_ns
             )
         for stream in self._streams.devices:
             stream.end_precopy()
@@ -333,12 +347,12 @@ class Migration:
         rest.vcpu["clock_offset_ns"] -= self._clock.offset_ns
         request = self._streams.finish_request(self.session_id, rest, paused=not self._running)
         with self._calling():
-            self._stub.Finish(request, timeout=self._long_call_s)
+            self._answer(self._stub.Finish, request, self._long_call_s)
 
     def _compare(self, verifier: Verifier) -> None:
         request = verifier.read(self.session_id, [stream.device.name for stream in self._streams.devices])
         with self._calling():
-            response = self._stub.Verify(request, timeout=self._long_call_s)
+            response = self._answer(self._stub.Verify, request, self._long_call_s)
         verifier.judge(response, self._history, self._account.result)
 
     # handover: the record first, then COMMIT, and from then on only the destination's word counts.
@@ -409,7 +423,7 @@ class Migration:
         if before_commit:
             self._abort(result.error)
         elif isinstance(error, DataLossError) and not self._request.continue_on_mismatch:
-            self._pause_there()
+            self._halt(result.error)
 
     def _abort(self, why: str) -> None:
         """Undo everything: afterwards the machine runs here as if nothing had happened."""
@@ -431,10 +445,11 @@ class Migration:
             except grpc.RpcError as error:
                 _log.warning("the destination could not be told", message=str(peer_error(error)))
 
-    def _pause_there(self) -> None:
+    def _halt(self, why: str) -> None:
         """Pause a machine that runs at the destination with memory that differs; its copy here is kept."""
+        request = migration_pb2.HaltRequest(session_id=self.session_id, reason=why)
         try:
-            host_pb2_grpc.HostServiceStub(self._channel).Pause(host_pb2.PauseRequest(), timeout=CALL_SECONDS)
+            self._stub.Halt(request, timeout=CALL_SECONDS)
         except grpc.RpcError as error:
             _log.error("the machine could not be paused at the destination", message=str(peer_error(error)))
         else:
@@ -450,6 +465,7 @@ class Migration:
         if self._verifier is not None:
             self._verifier.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        gc.collect()  # a failure knows the frames that it came through, and they know views that would keep RAM mapped
         self._held.close()
         self._channel.close()
         self._machine.close()
@@ -468,3 +484,14 @@ class Migration:
             yield
         except grpc.RpcError as error:
             raise peer_error(error) from error
+        except grpc.FutureCancelledError:
+            raise CancelledError("cancelled by the operator") from None
+
+    def _answer(self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float) -> Answer:
+        """Ask the destination; wait for as long, or until `cancel`."""
+        self._call = ask.future(request, timeout=seconds)
+        if self._ownership is Ownership.OWNER:
+            self._check()
+        answer = self._call.result()
+        self._call = None
+        return answer

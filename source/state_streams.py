@@ -12,13 +12,27 @@ from common.machine.client import Changes, DeviceInfo, DeviceSizes, MachineClien
 from source.limiter import Limiter
 from source.stream import AckedStream
 
-__all__ = ["DeviceStream", "MappingStream"]
+__all__ = ["DeviceStream", "EndlessStateError", "MappingStream", "most_stop_copy"]
 
 Kind = migration_pb2.DeviceStateKind
 READ_SIZE = 1 << 20
 FAILED_LENGTH = 100 << 30  # QEMU: VFIO_MIG_STOP_COPY_SIZE
+UNDECLARED_LENGTH = 1 << 30  # that a device may give beyond twice what it has declared
 BATCH = 10_000  # mappings in a message
 IDLE_SECONDS = 0.02
+
+
+class EndlessStateError(Exception):
+    """A device gives more in STOP_COPY than can be its state."""
+
+
+def most_stop_copy(declared: int | None) -> int:
+    """Return how many bytes are believed to be a device's state that has declared so many; None: it has not.
+
+    What a device declares is an estimate, made while it ran; what STOP_COPY brings has no end but the device's word,
+    and the machine stands still until then.
+    """
+    return FAILED_LENGTH if declared is None else 2 * declared + UNDECLARED_LENGTH
 
 
 class MappingStream:
@@ -218,9 +232,15 @@ class DeviceStream:
             raise self.failure
 
     def stop_copy(self) -> None:
-        """Send all that is left of a stopped device; return when the destination's device has taken it."""
+        """Send all that is left of a stopped device; return when the destination's device has taken it.
+
+        `EndlessStateError` if it does not come to an end.
+        """
+        most = most_stop_copy(None if self._stop_copy_length < 0 else self._stop_copy_length)
         while data := self._read(Kind.DEVICE_STATE_KIND_STOP_COPY_DATA):
             self.stop_copy_bytes += len(data)
+            if self.stop_copy_bytes > most:
+                raise EndlessStateError(f"{self.device.name}: more than {most} bytes of state in STOP_COPY, and no end")
         self._send(Kind.DEVICE_STATE_KIND_END)
         self._stream.drain()
         self._machine.leave_stop_copy(self.device.name)

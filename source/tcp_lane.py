@@ -24,7 +24,7 @@ from source.limiter import Limiter
 __all__ = ["LanePort", "TcpLane"]
 
 BEGIN_SECONDS = 10.0
-MAX_UNACKED = int(__import__("os").environ.get("XU", "4"))  # batches on their way
+MAX_UNACKED = 4  # batches on their way, so that no ack has to wait for room
 ACKS_SIZE = 4096
 
 
@@ -53,7 +53,7 @@ class LanePort:
 class TcpLane:
     """See `PageLane`."""
 
-    batch_pages = int(__import__("os").environ.get("XB", "1024"))
+    batch_pages = MAX_BATCH_PAGES
 
     def __init__(self, port: LanePort, token: bytes, limiter: Limiter, on_applied: Callable[[int, int], None]) -> None:
         """Open the lane that a token is for; `on_applied` as for `Unacked`."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from switchover.v1 import host_pb2, migration_pb2
 
 from common.machine.device import Digest
+from common.machine.fields import shown
 from common.memory.layout import CHUNK_PAGES, PAGE_SIZE, Layout
 from source.history import History
 
@@ -47,8 +48,8 @@ def judge_memory(
         if mismatch.chunk >= layout.pages // CHUNK_PAGES:
             raise DataLossError(f"the destination reports a difference in chunk {mismatch.chunk}, which is not in RAM")
         chunks.append(mismatch.chunk)
-        theirs = np.frombuffer(mismatch.page_digests, "<u8")
-        if theirs.size == CHUNK_PAGES:
+        if len(mismatch.page_digests) == CHUNK_PAGES * 8:
+            theirs = np.frombuffer(mismatch.page_digests, "<u8")
             differ = np.flatnonzero(page_digests(mismatch.chunk) != theirs)
             pages += (mismatch.chunk * CHUNK_PAGES + differ).tolist()
     if not chunks:
@@ -87,7 +88,7 @@ def _suspects(chunks: Sequence[int], dma_writers: Callable[[int], list[str]]) ->
 
 def judge_devices(response: migration_pb2.VerifyResponse, result: host_pb2.MigrationResult) -> None:
     """Note for each device how it was verified; raise `DataLossError` if one differs."""
-    differing = {mismatch.name: mismatch.what for mismatch in response.devices}
+    differing = {shown(mismatch.name): shown(mismatch.what) for mismatch in response.devices}
     for device in result.devices:
         if device.name in differing:
             device.verified = "differs"

@@ -14,6 +14,7 @@ from switchover.v1 import host_pb2, migration_pb2
 from common.machine.client import MachineClient
 from common.machine.device import Digest
 from common.memory.digest import DigestWorkers
+from common.memory.layout import CHUNK_PAGES
 from common.memory.ram import GuestRam
 from source import verdict
 from source.history import History
@@ -59,6 +60,9 @@ class Verifier:
 
     def judge(self, response: migration_pb2.VerifyResponse, history: History, result: host_pb2.MigrationResult) -> None:
         """Note in the result what was compared, and who could have written what differs."""
+        chunks = self._layout.pages // CHUNK_PAGES
+        if response.chunks != chunks:
+            raise verdict.DataLossError(f"the destination has compared {response.chunks} chunks of {chunks}")
         verdict.judge_memory(
             response.mismatches, self._workers.pages, self._layout, history, self._machine.explain, result
         )

@@ -171,7 +171,11 @@ class Vcpu:
             raise TypeError("the vCPU's state has pending interrupts or steps of another type")
         if any(type(number) is not int for number in (*numbers, *steps.values())) or min(numbers[1:]) < 0:
             raise ValueError("the vCPU's state has something that is not a number where one must be")
+        if any(number.bit_length() > 63 for number in (*numbers, *steps.values())):
+            raise ValueError("the vCPU's state has a number of more than 64 bits")
         programs = {program.name: program for program in self._programs}
+        if any(not isinstance(name, str) for name in pending):
+            raise TypeError("the vCPU's state has a pending interrupt that is no name")
         if unknown := (set(steps) - set(programs)) | (set(pending) - set(self.interrupts.values())):
             raise ValueError(f"the vCPU's state is of another machine: it has {', '.join(sorted(map(str, unknown)))}")
         self._offset_ns, self._runs, self._run_ns = numbers

@@ -27,7 +27,7 @@ from common.machine.launch import launch
 from common.machine.record import Ownership, Record
 from common.rpc.errors import RefusalError
 
-__all__ = ["COMMITTED", "REVOKED", "Host", "HostError", "default_state_dir"]
+__all__ = ["ARRIVED", "COMMITTED", "REVOKED", "Host", "HostError", "default_state_dir"]
 
 COMMITTED, REVOKED = "COMMITTED", "REVOKED"
 ARRIVED = (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF)

@@ -94,7 +94,10 @@ def receive(sock: socket.socket) -> Message:
         header_size, payload_size = _PREFIX.unpack(_receive_prefix(sock, fds))
         if header_size > MAX_HEADER or payload_size > MAX_PAYLOAD:
             raise ValueError(f"message of {header_size} + {payload_size} bytes exceeds the limit")
-        header = json.loads(bytes(_receive_exactly(sock, header_size)))
+        try:
+            header = json.loads(bytes(_receive_exactly(sock, header_size)))
+        except RecursionError:
+            raise ValueError("header is nested too deep") from None
         if not isinstance(header, dict):
             raise ValueError("header is not an object")  # noqa: TRY004  # one error for all that is no message
         return Message(header, _receive_exactly(sock, payload_size) if payload_size else b"", fds)
@@ -160,8 +163,8 @@ class Client:
     def call(self, method: str, /, payload: Buffer = b"", fds: Sequence[int] = (), **params: Any) -> Message:
         """Ask and wait for the answer.
 
-        Raise `RequestError` if it is refused, `ClosedError` if the other side goes, `TimeoutError` after the socket's
-        timeout (the connection is of no use then).
+        Raise `RequestError` if it is refused, `ClosedError` if the other side goes or answers what is no answer,
+        `TimeoutError` after the socket's timeout (the connection is of no use then).
         """
         with self._lock:
             try:
@@ -174,10 +177,19 @@ class Client:
                 if closed_here and not isinstance(error, ClosedError):
                     raise ClosedError("the connection was closed here") from error
                 raise
-        if "error" in reply.header:
-            raise RequestError(reply["error"]["reason"], reply["error"]["message"])
-        reply.header = reply.header.get("result", {})
-        return reply
+            except ValueError as error:
+                self._sock.close()
+                raise ClosedError(f"what the other side answers is no message: {error}") from error
+        match reply.header:
+            case {"error": {"reason": str(reason), "message": str(message)}}:
+                refusal: Exception = RequestError(reason, message)
+            case {"result": dict(result)}:
+                reply.header = result
+                return reply
+            case _:
+                refusal = ClosedError("the other side answers neither with a result nor with an error")
+        _close(reply.fds)
+        raise refusal
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -211,7 +223,7 @@ def answer_one(sock: socket.socket, request: Message, handlers: Mapping[str, Han
     request.header = request.header.get("params", {})
     try:
         handler = handlers.get(method)
-        if handler is None:
+        if handler is None or not isinstance(request.header, dict):
             _close(request.fds)
             raise RequestError("ENOSYS", f"no such request: {method}")
         result = handler(request)

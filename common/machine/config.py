@@ -8,6 +8,7 @@ reference of the file for people. Knobs are resolved here, defaults included, so
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ from common.machine.fields import (
     integer,
     name,
     number,
+    path_of,
     rate,
+    shown,
     size,
     strings,
     text,
@@ -170,11 +173,14 @@ def _images(ram: Table, base: FilePath | None) -> tuple[FilePath, ...]:
     for index, entry in enumerate(ram.take("image", strings(None, "a path", MAX_IMAGES), [])):
         image = FilePath(entry)
         if base is not None:
-            image = base / image.expanduser()
-            if not image.exists():
-                raise FieldError((*ram.path, "image", index), f'image "{entry}" does not exist')
+            try:
+                image = path_of(entry, base)
+            except ValueError as error:
+                raise FieldError((*ram.path, "image", index), f"image {error}") from error
+            if not os.path.exists(image):  # also one that cannot be, or that nobody may look at
+                raise FieldError((*ram.path, "image", index), f'image "{shown(entry)}" does not exist')
         elif not image.is_absolute():
-            raise FieldError((*ram.path, "image", index), f'image "{entry}" is not an absolute path')
+            raise FieldError((*ram.path, "image", index), f'image "{shown(entry)}" is not an absolute path')
         images.append(image)
     return tuple(images)
 
@@ -244,7 +250,9 @@ def _uuid(value: object) -> str:
     try:
         return str(uuid.UUID(text(value)))
     except ValueError:
-        raise ValueError(f'must be a UUID like "{uuid.UUID(int=0)}", not {json.dumps(value, default=str)}') from None
+        raise ValueError(
+            f'must be a UUID like "{uuid.UUID(int=0)}", not {shown(json.dumps(value, default=str))}'
+        ) from None
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -259,5 +267,5 @@ def _refuse_constant(constant: str) -> float:
 
 
 def _dotted(path: Path) -> str:
-    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{shown(key)}" for key in path)
     return text.removeprefix(".") or "top level"

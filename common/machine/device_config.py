@@ -22,6 +22,7 @@ from common.machine.fields import (
     integers,
     name,
     on_off,
+    path_of,
     rate,
     size,
     sizes,
@@ -152,7 +153,10 @@ def take_attachment(table: Table, base: FilePath | None) -> Attachment | None:
         for key, value in (("socket", socket), ("command", command)):
             if value is not None and not value.strip():
                 raise FieldError((*table.path, key), f'"{key}" {table.where} is empty')
-        socket = str(base / FilePath(socket).expanduser()) if socket else None
+        try:
+            socket = str(path_of(socket, base)) if socket else None
+        except ValueError as error:
+            raise FieldError((*table.path, "socket"), f'"socket" {table.where} {error}') from error
     if socket and len(socket.encode()) > MAX_SOCKET_PATH:
         raise FieldError(
             (*table.path, "socket"), f"a socket's path has at most {MAX_SOCKET_PATH} bytes, not {len(socket.encode())}"

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
 from typing import Any, Final, NoReturn
 
 from common.machine.quantities import format_size, parse_rate, parse_size
@@ -24,7 +25,9 @@ __all__ = [
     "name",
     "number",
     "on_off",
+    "path_of",
     "rate",
+    "shown",
     "size",
     "sizes",
     "strings",
@@ -106,7 +109,7 @@ class Table:
             self._refuse(key, f'; did you mean "{close[0]}"?' if close else "")
 
     def _refuse(self, key: str, hint: str) -> NoReturn:
-        raise FieldError((*self.path, key), f'unknown key "{_shown(key)}" {self.where}{hint}')
+        raise FieldError((*self.path, key), f'unknown key "{shown(key)}" {self.where}{hint}')
 
 
 def boolean(value: object) -> bool:
@@ -133,6 +136,14 @@ def name(value: object) -> str:
     if not isinstance(value, str) or _NAME.fullmatch(value) is None:
         raise ValueError(f'must be 1 to 32 characters of a-z, 0-9, "_" and "-", not {_quoted(value)}')
     return value
+
+
+def path_of(value: str, base: FilePath) -> FilePath:
+    """Return the path that a string names, relative to `base`; ValueError if that begins with nobody's home."""
+    try:
+        return base / FilePath(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"is wrong: there is no home directory for {_quoted(value)}") from None
 
 
 def choice(*values: str | int) -> Check:
@@ -268,9 +279,10 @@ def _quantity(value: object, parse: Callable[[str], int], what: str, example: st
 def _quoted(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print what is much longer
         return "a number that long"
-    return _shown(json.dumps(value, default=str, ensure_ascii=False))
+    return shown(json.dumps(value, default=str, ensure_ascii=False))
 
 
-def _shown(value: str) -> str:
+def shown(value: str) -> str:
+    """Return a string as a message may have it: at most 64 characters, all of them printable."""
     shortened = value if len(value) <= 64 else value[:61] + "..."
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in shortened)

@@ -17,6 +17,7 @@ import structlog
 
 from common.iommu.container import Container
 from common.machine.device import Pending
+from common.machine.fields import shown
 from common.machine.machine import Machine
 from common.memory.bitmap import DirtyBitmap, Words
 from common.memory.layout import PAGE_SIZE
@@ -230,7 +231,9 @@ class Arriving:
         self._machine.enter(device, DeviceState.RESUMING)
 
     def change_mappings(self, removed: Sequence[Sequence[Any]], added: Sequence[Sequence[Any]]) -> None:
-        """Change mappings in vIOMMU and devices."""
+        """Change mappings in vIOMMU and devices; OSError EINVAL if there is no such container."""
+        for container in {change[0] for change in (*removed, *added)} - set(self._machine.containers):
+            raise OSError(errno.EINVAL, f"there is no container {shown(container)}")
         for container, iova, size, *_ in removed:
             self._machine.containers[container].unmap(iova, size)
         for container, iova, size, gpa, readable, writable in added:

@@ -44,16 +44,32 @@ class Record:
     judged: bool = True
 
 
+_KINDS = {
+    **dict.fromkeys(("machine_uuid", "name", "ownership", "directory"), str),
+    "incarnation": int,
+    "session_id": str,
+    "peer": str,
+    "judged": bool,
+}
+_LATER = {"session_id": "", "peer": "", "judged": True}  # that earlier versions did not write
+
+
 def read(path: Path) -> Record | None:
     """Return the record, None if there never was one; raise ValueError if it cannot be understood."""
     try:
         members = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not an ownership record: not JSON") from None
+    members = {**_LATER, **members} if isinstance(members, dict) else {}
+    if set(members) != set(_KINDS) or any(type(members[name]) is not kind for name, kind in _KINDS.items()):
+        kinds = ", ".join(f"{name} ({kind.__name__})" for name, kind in _KINDS.items())
+        raise ValueError(f"{path}: not an ownership record, which has {kinds}")
     try:
         return Record(**{**members, "ownership": Ownership(members["ownership"])})
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not an ownership record: {error}") from error
+    except ValueError:
+        raise ValueError(f"{path}: not an ownership record: of an unknown ownership") from None
 
 
 def write(path: Path, record: Record) -> None:

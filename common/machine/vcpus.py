@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from common.ipc.channel import MAX_FDS, Client, Handler, serve
 from common.machine.device_process import REQUEST_SECONDS
@@ -24,6 +25,8 @@ __all__ = ["Vcpus"]
 # It answers between two steps, and a step waits for its traps: for devices, one request after the other, and for the
 # machine's turn, in which others wait for theirs. A device that is slow must not end the machine.
 COMMAND_SECONDS = 10 * REQUEST_SECONDS
+
+_log = structlog.get_logger()
 
 
 class Vcpus:
@@ -48,7 +51,7 @@ class Vcpus:
             )
         self._control = Client(control)
         self._trap_socket = trap
-        threading.Thread(target=serve, args=(trap, traps), name="traps", daemon=True).start()
+        threading.Thread(target=_serve_traps, args=(trap, traps), name="traps", daemon=True).start()
 
     def attach(self, boot: Mapping[str, Any], fds: Sequence[int]) -> None:
         """Tell the vCPU what machine it is in: programs, devices, doorbells, interrupts."""
@@ -107,3 +110,13 @@ class Vcpus:
         self._trap_socket.close()
         self.process.terminate()
         self.process.wait()
+
+
+def _serve_traps(sock: socket.socket, traps: Mapping[str, Handler]) -> None:
+    """Answer traps until the vCPU process closes, or says what is no trap: then it is hung up, and ends."""
+    try:
+        serve(sock, traps)
+    except (ValueError, OSError) as error:
+        _log.error("traps ended", cause=str(error))
+    finally:
+        sock.close()

@@ -153,9 +153,9 @@ def pages_of(words: Words) -> npt.NDArray[np.int64]:
 
 
 def _pages_of_block(block: Words) -> npt.NDArray[np.int64]:
-    used = np.flatnonzero(block)
-    words = block if used.size == block.size else block[used]
     # As booleans, for which numpy has a search of its own: five times as fast as with the same bytes as numbers.
+    used = np.flatnonzero(block != 0)
+    words = block if used.size == block.size else block[used]
     bits = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_))
     return bits if words is block else (used[bits >> 6] << 6) + (bits & 63)
 

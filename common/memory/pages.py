@@ -35,6 +35,7 @@ __all__ = [
     "Applier",
     "Encoding",
     "PageBatch",
+    "belongs",
     "check",
     "encode",
     "lane_of",
@@ -97,6 +98,12 @@ class PageBatch:
 def lane_of(page: int, lanes: int) -> int:
     """Return the lane of a page: all pages of a 2 MiB chunk share one, so that versions of a page never race."""
     return page // CHUNK_PAGES % lanes
+
+
+def belongs(batch: PageBatch, lane: int, lanes: int) -> bool:
+    """Return whether all pages of a batch, checked or not, are of this lane."""
+    first, last = batch.run_first // CHUNK_PAGES, (batch.run_first + batch.run_pages - np.uint64(1)) // CHUNK_PAGES
+    return lanes == 1 or bool(((first == last) & (first % lanes == lane)).all())
 
 
 def split_lanes(first: npt.NDArray[np.int64], count: npt.NDArray[np.int64], lanes: int) -> list[Runs]:

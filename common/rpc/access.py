@@ -31,15 +31,13 @@ ANYBODY = Access()
 def is_allowed(method: str, names: Iterable[str], access: Access) -> bool:
     """Return whether a caller of these names may call a method ("/package.Service/Method").
 
-    Health, reflection and what only looks is for all. A source that is named may also pause: it does so when the memory
-    of the machine that it has brought differs.
+    Health, reflection and what only looks is for all.
     """
     service, _, call = method.removeprefix("/").partition("/")
     if service == MIGRATION:
         return access.sources is None or not access.sources.isdisjoint(names)
     if service == HOST and call not in READ_ONLY and access.operators is not None:
-        allowed = access.operators | (access.sources or frozenset()) if call == "Pause" else access.operators
-        return not allowed.isdisjoint(names)
+        return not access.operators.isdisjoint(names)
     return True
 
 

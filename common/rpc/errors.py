@@ -22,6 +22,8 @@ from grpc_status import rpc_status
 __all__ = ["PeerError", "RefusalError", "describe", "peer_error", "status_of"]
 
 DOMAIN = "switchover"
+MAX_MESSAGE = 600  # characters of a message
+_REASON = re.compile(r"[A-Z][A-Z0-9_]{0,62}")  # as google.rpc.ErrorInfo has it
 
 
 class RefusalError(Exception):
@@ -47,7 +49,8 @@ def status_of(refusal: RefusalError) -> Any:
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN))
     number = code_pb2.Code.Value(refusal.code.name)
-    return rpc_status.to_status(status_pb2.Status(code=number, message=str(refusal), details=[detail]))
+    # What the message quotes may be anything that a peer has sent, and trailing metadata has 8 KiB.
+    return rpc_status.to_status(status_pb2.Status(code=number, message=_first_line(str(refusal)), details=[detail]))
 
 
 def describe(error: grpc.RpcError) -> tuple[str, str]:
@@ -79,7 +82,7 @@ def _reason_of(error: grpc.RpcError) -> str | None:
         status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None
         for detail in status.details if status is not None else ():
             info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info) and info.domain == DOMAIN:
+            if detail.Unpack(info) and info.domain == DOMAIN and _REASON.fullmatch(info.reason):
                 return str(info.reason)
     except (DecodeError, ValueError):
         pass  # whoever answers so is none of ours: what the status itself says must do
@@ -107,4 +110,8 @@ def _tls_failure(text: str) -> str | None:
 
 
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no details"
+    """Return what a person may be shown of a text that somebody else wrote: one line, printable, not too long."""
+    line = text.strip().splitlines()[0] if text.strip() else "no details"
+    if len(line) > MAX_MESSAGE:
+        line = line[: MAX_MESSAGE - 1] + "…"
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)

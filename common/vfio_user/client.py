@@ -482,7 +482,7 @@ class VfioUserClient:
     def _checked(self, what: str, read: Callable[[memoryview], _T], body: Buffer) -> _T:
         try:
             return read(memoryview(body))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise self._nonsense(what, str(error)) from None
 
     def _nonsense(self, what: str, text: str) -> DeviceError:

@@ -87,8 +87,8 @@ def test_help_does_not_import_what_takes_time() -> None:
 def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     host = FakeHost(story(result()))
     with Serving(host) as address:
-        options = "--max-downtime 20ms --bandwidth 1Gbit/s --verify deferred --timeout 1m --max-rounds 9 --lanes 2 --lane-kind tcp"
-        flags = "--on-timeout switch-over --auto-converge --compress --on-mismatch continue --json"
+        options = "--max-downtime 20ms --bandwidth 1Gbit/s --verify deferred --timeout 1m --max-rounds 9 --lanes 2"
+        flags = "--lane-kind tcp --on-timeout switch-over --auto-converge --compress --on-mismatch continue --json"
         arguments = ("migrate", "--source", address, "--destination", "b:1", *options.split(), *flags.split())
         assert switchover(monkeypatch, *arguments) == 0
     assert host.requests[0] == pb.MigrateRequest(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,10 +28,19 @@ from common.machine.client import Changes, DeviceConfig, DeviceInfo, MachineClie
 from common.machine.config import MachineSpec, ViommuSpec, to_json
 from common.machine.device import Digest, Pending
 from common.machine.record import Ownership, Record
-from common.memory.layout import PAGE_SIZE
+from common.memory.layout import CHUNK_PAGES, PAGE_SIZE
 from common.memory.pages import Encoding, PageBatch
 from common.memory.ram import GuestRam
 from common.rpc.errors import RefusalError
+from common.rpc.lane_frame import (
+    HEADER_SIZE,
+    AckReader,
+    LaneRefusedError,
+    pack_ack,
+    pack_batch,
+    pack_end,
+    pack_hello,
+)
 from common.rpc.page_batch import serialize
 from destination import migration as arrival_module
 from destination.handover import COMMITTED, PREPARING, READY, REVOKED, RUNNING, STARTING
@@ -38,6 +50,7 @@ UUID = "6f2c9e0a-0000-4000-8000-000000000001"
 SESSION = "5e551075"
 CONTEXT = cast("grpc.ServicerContext", SimpleNamespace())
 INCARNATION = 4
+CONFIG = bytes(range(256))
 SPEC = MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
 PAGES = SPEC.ram_size // PAGE_SIZE
 PRECOPY = pb.DEVICE_STATE_KIND_PRECOPY_DATA
@@ -138,6 +151,8 @@ class Rig:
         self.machine = FakeMachine(directory / "run")
         self.launches = 0
         self.refuse_launch = False
+        self.lane_kind: pb.LaneKind.ValueType = pb.LANE_KIND_GRPC
+        self.connections: dict[int, socket.socket] = {}
 
     def launch(self, spec: MachineSpec, *_: object, incarnation: int, incoming: bool) -> FakeMachine:
         assert spec == SPEC and incoming
@@ -155,8 +170,10 @@ class Rig:
             "machine_json": to_json(SPEC),
             "lanes": 2,
             "verify": pb.VERIFY_MODE_OFF,
+            "lane_kind": self.lane_kind,
         }
-        return self.servicer.Prepare(pb.PrepareRequest(**members | changes), CONTEXT)
+        self.answer = self.servicer.Prepare(pb.PrepareRequest(**members | changes), CONTEXT)
+        return self.answer
 
     def context(self, *, active: bool = True, **metadata: str) -> grpc.ServicerContext:
         given = {"session_id": SESSION, **metadata}
@@ -165,9 +182,37 @@ class Rig:
             "grpc.ServicerContext", SimpleNamespace(invocation_metadata=lambda: pairs, is_active=lambda: active)
         )
 
-    def pages(self, *messages: bytes, lane: str = "0", session_id: str = SESSION) -> list[int]:
+    def pages(self, *batches: PageBatch | bytes, lane: str = "0", session_id: str = SESSION) -> list[int]:
+        """Send batches, or messages as they are, on a lane of the kind that was prepared; return the acks."""
+        if self.lane_kind == pb.LANE_KIND_TCP:
+            return self.tcp_pages(*batches, lane=int(lane))
+        messages = (item if isinstance(item, bytes) else serialize(item) for item in batches)
         context = self.context(lane=lane, session_id=session_id)
-        return [answer.applied_sequence for answer in self.servicer.SendPages(iter(messages), context)]
+        return [answer.applied_sequence for answer in self.servicer.SendPages(messages, context)]
+
+    def tcp_pages(self, *batches: PageBatch | bytes, lane: int) -> list[int]:
+        """The same on a connection, which is ended in good order after the last ack."""
+        if lane not in self.connections:
+            token = self.answer.lane_tokens[lane]
+            connection = socket.create_connection(("127.0.0.1", self.answer.lane_port), 10)
+            self.connections[lane] = connection
+            connection.sendall(pack_hello(token))
+            assert connection.recv(8) == pack_ack(0)
+        connection, reader, acks = self.connections[lane], AckReader(), []
+        for item in batches:
+            with suppress(ConnectionError):  # it may have been refused already
+                connection.sendall(item if isinstance(item, bytes) else b"".join(pack_batch(item)))
+        if any(isinstance(item, bytes) for item in batches):
+            connection.shutdown(socket.SHUT_WR)
+        while len(acks) < len(batches):
+            data = connection.recv(4096)
+            if not data:
+                raise ConnectionError("the lane was closed without a word")
+            try:
+                acks += reader.feed(data)
+            except LaneRefusedError as refusal:
+                raise RefusalError(grpc.StatusCode.ABORTED, refusal.reason, str(refusal)) from refusal
+        return acks
 
     def records(self, *requests: pb.SendDeviceStateRequest, device: str = "nic0") -> list[pb.SendDeviceStateResponse]:
         return list(self.servicer.SendDeviceState(iter(requests), self.context(device=device)))
@@ -181,8 +226,8 @@ class Rig:
             "session_id": SESSION,
             "vcpu_json": '{"clock": 1, "runs": 2}',
             "devices": [
-                pb.DeviceConfig(name="nic0", record_sequence=1, config_space=b"abc", pending_vectors=[2]),
-                pb.DeviceConfig(name="nvme0", record_sequence=2, pending_doorbells=[0]),
+                pb.DeviceConfig(name="nic0", record_sequence=1, config_space=CONFIG, pending_vectors=[2]),
+                pb.DeviceConfig(name="nvme0", record_sequence=2, config_space=CONFIG, pending_doorbells=[0]),
             ],
             "lane_sequences": [1, 0],
             "mapping_sequence": 0,
@@ -229,15 +274,25 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     monkeypatch.setattr(FakeVerifier, "made", [])
     yield made
     made.servicer.close()
+    for connection in made.connections.values():
+        connection.close()
     made.host.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lane")]
     made.machine.memory.close()
 
 
-def batch(sequence: int, first: int = 3, pages: int = 2, fill: int = 7) -> bytes:
+@pytest.fixture(params=[pb.LANE_KIND_GRPC, pb.LANE_KIND_TCP], ids=["grpc", "tcp"])
+def lanes(rig: Rig, request: pytest.FixtureRequest) -> Rig:
+    """A destination that is asked for page lanes of one kind, and of the other."""
+    rig.lane_kind = request.param
+    return rig
+
+
+def batch(sequence: int, first: int = 3, pages: int = 2, fill: int = 7) -> PageBatch:
     numbers = np.array([first], np.uint64), np.array([pages], np.uint64)
     zero = bytes((pages + 7) // 8)
     payload = [bytes([fill]) * PAGE_SIZE * pages]
-    return serialize(PageBatch(sequence, 0, Encoding.RAW, *numbers, zero, payload))
+    return PageBatch(sequence, 0, Encoding.RAW, *numbers, zero, payload)
 
 
 def device_record(sequence: int, kind: int, data: bytes = b"") -> pb.SendDeviceStateRequest:
@@ -349,44 +404,117 @@ def test_one_machine_arrives_at_a_time(rig: Rig) -> None:
 # precopy
 
 
-def test_pages_are_in_ram_when_they_are_acknowledged(rig: Rig) -> None:
-    rig.prepare()
-    assert rig.pages(batch(1, fill=7), batch(2, 5, fill=9)) == [1, 2]
-    assert rig.pages(batch(1, 8, fill=1), lane="1") == [1]
-    firsts = rig.machine.memory.bytes.reshape(-1, PAGE_SIZE)[:11, 0].tolist()
-    assert firsts == [0, 0, 0, 7, 7, 9, 9, 0, 1, 1, 0]
+def test_pages_are_in_ram_when_they_are_acknowledged(lanes: Rig) -> None:
+    lanes.prepare()
+    assert lanes.pages(batch(1, fill=7), batch(2, 5, fill=9)) == [1, 2]
+    assert lanes.pages(batch(1, CHUNK_PAGES + 1, fill=1), lane="1") == [1]
+    firsts = lanes.machine.memory.bytes.reshape(-1, PAGE_SIZE)[:, 0]
+    assert firsts[:8].tolist() == [0, 0, 0, 7, 7, 9, 9, 0]
+    assert firsts[CHUNK_PAGES:][:4].tolist() == [0, 1, 1, 0]
+
+
+def test_a_lane_has_chunks_of_its_own(lanes: Rig) -> None:
+    lanes.prepare()
+    assert refused(lambda: lanes.pages(batch(1, CHUNK_PAGES))).endswith("a batch has pages of another lane")
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ([batch(1), batch(3)], "BAD_REQUEST: lane 0: batch 3 after 1"),
+        ([batch(2)], "BAD_REQUEST: lane 0: batch 2 after 0"),
+        ([batch(1), batch(1)], "BAD_REQUEST: lane 0: batch 1 after 1"),
+        ([batch(1, PAGES - 1)], "BAD_REQUEST: lane 0, batch 1: "),
+        ([dataclasses.replace(batch(1), encoding=9)], "BAD_REQUEST: lane 0, batch 1: a batch has the unknown encoding"),
+        ([dataclasses.replace(batch(1), zero=b"\x10")], "BAD_REQUEST: lane 0, batch 1: "),
+        ([dataclasses.replace(batch(1), payload=[b"x" * 4095])], "BAD_REQUEST: lane 0, batch 1: "),
+        ([dataclasses.replace(batch(1), payload=[b"x"], encoding=Encoding.LZ4)], "BAD_REQUEST: lane 0, batch 1: "),
+    ],
+)
+def test_batches_that_are_not_in_order_are_refused(lanes: Rig, batches: list[PageBatch], said: str) -> None:
+    lanes.prepare()
+    assert refused(lambda: lanes.pages(*batches)).startswith(said)
+    assert lanes.state() == REVOKED and lanes.machine.memory.pages[5:].max() == 0
 
 
 @pytest.mark.parametrize(
     ("lane", "messages", "said"),
     [
-        ("2", [batch(1)], "BAD_REQUEST: lane 2 was not announced"),
-        ("-1", [batch(1)], "BAD_REQUEST: no lane number: '-1'"),
-        ("", [batch(1)], "BAD_REQUEST: no lane number: ''"),
-        ("0", [batch(1), batch(3)], "BAD_REQUEST: lane 0: batch 3 after 1"),
-        ("0", [batch(2)], "BAD_REQUEST: lane 0: batch 2 after 0"),
-        ("0", [batch(1), batch(1)], "BAD_REQUEST: lane 0: batch 1 after 1"),
+        ("2", [serialize(batch(1))], "BAD_REQUEST: lane 2 was not announced"),
+        ("-1", [serialize(batch(1))], "BAD_REQUEST: no lane number: '-1'"),
+        ("", [serialize(batch(1))], "BAD_REQUEST: no lane number: ''"),
         ("0", [b"\xff\xff\xff"], "BAD_REQUEST: page batch: "),
-        ("0", [batch(1, PAGES - 1)], "BAD_REQUEST: lane 0, batch 1: "),
-        ("1", [batch(1)[:-1]], "BAD_REQUEST: "),
+        ("1", [serialize(batch(1))[:-1]], "BAD_REQUEST: "),
     ],
 )
-def test_batches_that_are_not_in_order_are_refused(rig: Rig, lane: str, messages: list[bytes], said: str) -> None:
+def test_messages_that_are_no_batches_are_refused(rig: Rig, lane: str, messages: list[bytes], said: str) -> None:
     rig.prepare()
     assert refused(lambda: rig.pages(*messages, lane=lane)).startswith(said)
 
 
-def test_a_bad_stream_ends_the_session_and_the_machine(rig: Rig) -> None:
+TORN = b"".join(pack_batch(batch(1)))
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (TORN[:-1], "CANNOT_LOAD: the connection was closed"),
+        (TORN[: -PAGE_SIZE - 1], "CANNOT_LOAD: the connection was closed"),
+        (TORN[:50], "CANNOT_LOAD: the connection was closed"),
+        (TORN[:7], "CANNOT_LOAD: the connection was closed"),
+        (b"", "CANNOT_LOAD: the connection was closed"),
+        (b"\xff" * HEADER_SIZE, "BAD_REQUEST: a batch has 4294967295 runs, more than 65536"),
+    ],
+)
+def test_a_lane_that_breaks_off_or_asks_for_too_much_ends_the_session(rig: Rig, sent: bytes, said: str) -> None:
+    rig.lane_kind = pb.LANE_KIND_TCP
+    rig.prepare()
+    assert refused(lambda: rig.pages(sent)) == said
+    assert rig.state() == REVOKED and not rig.host.migrating
+
+
+def test_a_lane_may_end_in_good_order(rig: Rig) -> None:
+    rig.lane_kind = pb.LANE_KIND_TCP
+    rig.prepare()
+    assert rig.pages(batch(1)) == [1]
+    rig.connections[0].sendall(pack_end())
+    assert rig.connections[0].recv(1) == b""
+    assert rig.state() == PREPARING
+    assert rig.pages(batch(1, 700), lane="1") == [1]
+
+
+def test_a_revoked_session_tells_its_lanes_why(rig: Rig) -> None:
+    rig.lane_kind = pb.LANE_KIND_TCP
+    rig.prepare()
+    rig.pages(batch(1))
+    rig.abort()
+    assert refused(lambda: rig.pages(batch(2))) == "CANNOT_LOAD: told to"
+
+
+def test_a_bad_stream_ends_the_session_and_the_machine(lanes: Rig) -> None:
+    lanes.prepare()
+    refused(lambda: lanes.pages(batch(2)))
+    assert lanes.state() == REVOKED and lanes.machine.did("shutdown") and not lanes.host.migrating
+    assert not lanes.machine.memory.bytes[: 8 * PAGE_SIZE].any()
+
+
+def test_a_stream_after_the_end_is_told_why(rig: Rig) -> None:
     rig.prepare()
     refused(lambda: rig.pages(batch(2)))
-    assert rig.state() == REVOKED and rig.machine.did("shutdown") and not rig.host.migrating
     assert refused(lambda: rig.pages(batch(1))) == "WRONG_STATE: the session is REVOKED: lane 0: batch 2 after 0"
-    assert not rig.machine.memory.bytes[: 8 * PAGE_SIZE].any()
+
+
+def test_a_port_that_cannot_be_had_is_told(rig: Rig) -> None:
+    rig.lane_kind = pb.LANE_KIND_TCP
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        rig.servicer._lane_listen = taken.getsockname()
+        assert refused(rig.prepare).startswith("CANNOT_LISTEN: page lanes: port")
+    assert rig.state() == REVOKED and not rig.host.migrating
 
 
 def test_a_source_that_is_gone_ends_the_session(rig: Rig) -> None:
     rig.prepare()
-    stream = rig.servicer.SendPages(iter([batch(1)]), rig.context(active=False, lane="0"))
+    stream = rig.servicer.SendPages(iter([serialize(batch(1))]), rig.context(active=False, lane="0"))
     assert [answer.applied_sequence for answer in stream] == [1]
     assert rig.state() == REVOKED
 
@@ -482,15 +610,21 @@ def test_mappings_arrive_in_order(rig: Rig) -> None:
 # switchover
 
 
-def test_finish_loads_what_is_left(rig: Rig) -> None:
+def test_finish_loads_what_is_left(lanes: Rig) -> None:
+    rig = lanes
     rig.all_has_come()
     rig.finish(paused=True)
     ((_, vcpu, configs, *_rest),) = rig.machine.did("load")
     assert vcpu == {"clock": 1, "runs": 2}
-    assert configs == [DeviceConfig("nic0", b"abc", Pending((2,))), DeviceConfig("nvme0", b"", Pending((), (0,)))]
+    assert configs == [DeviceConfig("nic0", CONFIG, Pending((2,))), DeviceConfig("nvme0", CONFIG, Pending((), (0,)))]
     assert rig.state() == READY
     assert refused(rig.finish) == "WRONG_STATE: the session is READY"
     assert refused(lambda: rig.pages(batch(2))) == "WRONG_STATE: the session is READY"
+
+
+def devices_with(**changes: Any) -> list[pb.DeviceConfig]:
+    members = {"record_sequence": 1, "config_space": CONFIG, **changes}
+    return [pb.DeviceConfig(name=name, **members) for name in ("nic0", "nvme0")]
 
 
 @pytest.mark.parametrize(
@@ -506,13 +640,25 @@ def test_finish_loads_what_is_left(rig: Rig) -> None:
         ({"vcpu_json": "{}"}, "vCPU state: "),
         ({"vcpu_json": "[1]"}, "vCPU state: "),
         ({"vcpu_json": '{"runs": null}'}, "vCPU state: "),
+        ({"vcpu_json": '{"runs": 1e999}'}, "vCPU state: "),
+        ({"vcpu_json": "[" * 100_000}, "vCPU state: "),
+        ({"vcpu_json": '{"runs": 1}' + " " * (1 << 20)}, "vCPU state: "),
+        ({"lane_sequences": [1, 0] * 1000}, "not all page batches have arrived"),
+        ({"devices": [pb.DeviceConfig(name=name) for name in ("nic0", "nvme0", "nic0")]}, "the devices are not those"),
+        ({"devices": devices_with(config_space=b"abc")}, "nic0: a configuration space of 3 bytes"),
+        ({"devices": devices_with(pending_vectors=range(2049))}, "nic0: more than 2048 pending"),
         (
-            {"devices": [pb.DeviceConfig(name=name, record_sequence=1) for name in ("nic0", "nvme0")]},
+            {
+                "devices": [
+                    pb.DeviceConfig(name=name, record_sequence=1, config_space=CONFIG) for name in ("nic0", "nvme0")
+                ]
+            },
             "nvme0: its state has not arrived whole",
         ),
     ],
 )
-def test_nothing_is_loaded_before_all_has_come(rig: Rig, changes: dict[str, Any], said: str) -> None:
+def test_nothing_is_loaded_before_all_has_come(lanes: Rig, changes: dict[str, Any], said: str) -> None:
+    rig = lanes
     rig.all_has_come()
     assert refused(lambda: rig.finish(**changes)).startswith(f"BAD_REQUEST: {said}")
     assert rig.state() == PREPARING and not rig.machine.did("load")
@@ -598,6 +744,24 @@ def test_nothing_is_compared_once_its_machine_has_settled(rig: Rig) -> None:
 
 
 # handover
+
+
+def test_a_machine_that_is_not_what_it_was_is_halted(rig: Rig) -> None:
+    def halt(session_id: str = SESSION) -> None:
+        rig.servicer.Halt(pb.HaltRequest(session_id=session_id, reason="memory differs"), CONTEXT)
+
+    rig.ready(verify=pb.VERIFY_MODE_DEFERRED)
+    assert refused(halt).startswith("NO_SESSION")
+    rig.commit()
+    rig.settled()
+    record.write(
+        rig.host.record_path, Record(UUID, "vm", INCARNATION, Ownership.OWNER, "/d", SESSION)
+    )  # as a machine does that is told to
+    assert refused(lambda: halt("another")).startswith("NO_SESSION")
+    halt()
+    rig.servicer._arrival = None  # as after a new start
+    halt()
+    assert rig.machine.did("pause") == [("pause",)] * 2
 
 
 def test_a_decision_is_on_disk_before_anyone_acts_on_it(rig: Rig) -> None:

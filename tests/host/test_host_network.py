@@ -68,3 +68,10 @@ def test_words_that_contradict_each_other(tmp_path: Path) -> None:
     for access in (Access(sources=frozenset({"a"})), Access(operators=frozenset())):
         with pytest.raises(TlsError, match="names of certificates: give --tls"):
             Network("127.0.0.1:0", access=access).secure()
+
+
+@pytest.mark.parametrize(
+    ("listen", "host"), [("127.0.0.1:7700", "127.0.0.1"), ("[::1]:0", "::1"), ("host1:1", "host1")]
+)
+def test_page_lanes_are_listened_for_where_the_daemon_is(listen: str, host: str) -> None:
+    assert Network(listen, lane_port=7701).lane_listen == (host, 7701)

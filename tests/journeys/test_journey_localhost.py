@@ -118,7 +118,11 @@ def test_ram_above_4_gib(rig: Rig, image: Path) -> None:
     [
         ("--verify", "deferred"),
         ("--lanes", "3"),
-        *(pytest.param(options, marks=pytest.mark.matrix) for options in (("--verify", "off"), ("--compress",))),
+        ("--lane-kind", "tcp", "--lanes", "2"),
+        *(
+            pytest.param(options, marks=pytest.mark.matrix)
+            for options in (("--verify", "off"), ("--compress",), ("--lane-kind", "tcp", "--compress"))
+        ),
     ],
 )
 def test_ways_to_send_and_to_verify(rig: Rig, image: Path, options: tuple[str, ...]) -> None:
@@ -128,6 +132,7 @@ def test_ways_to_send_and_to_verify(rig: Rig, image: Path, options: tuple[str, .
     document = switchover_json("migrate", "--source", source.address, "--destination", destination.address, *options)
     assert document["result"] == "completed"
     assert document["verified"] is (options[-1] != "off")
+    assert document["lane_kind"] == ("tcp" if "tcp" in options else "grpc")
     goes_on(destination, before)
 
 

@@ -58,9 +58,9 @@ def test_there_and_back_and_who_is_not_let_in(rig: Rig, certs: Path, hosts: tupl
     result = b.migrate(f"localhost:{a.port}")
     assert (result.result, result.reason) == ("failed", "UNREACHABLE")
     assert "TLS: the daemon's certificate is for other names" in result.error
-    options = ("--source", b.address, "--destination", a.address, "--tls", str(certs / "ops"))
+    options = ("--source", b.address, "--destination", a.address, "--tls", str(certs / "ops"), "--lane-kind", "tcp")
     document = switchover_json("migrate", *options)
-    assert (document["result"], document["verified"]) == ("completed", True)
+    assert (document["result"], document["verified"], document["lane_kind"]) == ("completed", True, "tcp")
     counters = goes_on(a, counters)
 
     # Operators: none, another CA's, one of ours who is not allowed; each is told in a line.
@@ -83,6 +83,23 @@ def test_there_and_back_and_who_is_not_let_in(rig: Rig, certs: Path, hosts: tupl
             assert mode == 0o700, path
         elif path.is_socket() or (path.is_file() and path.parent in (a.state_dir, a.state_dir / "decisions")):
             assert mode == 0o600, path
+
+
+@pytest.mark.matrix
+def test_a_source_that_is_no_operator_halts_what_it_has_brought(rig: Rig, image: Path, certs: Path) -> None:
+    ops = channel_credentials(certs / "ops")
+    unlogged = machine_toml(image=image, devices=("nic",), extra={"nic": 'faults = ["unlogged"]'})
+    source = rig.start("source", unlogged, options=tls_options(certs, "host1"), credentials=ops)
+    options = tls_options(certs, "host2", allow_operator="ops")
+    destination = rig.start("destination", options=options, credentials=ops)
+    goes_on(source)
+    with rig.held("source.switchover") as arrived:
+        session = source.begin(destination.address, verify=migration_pb2.VERIFY_MODE_DEFERRED)
+        arrived()
+        goes_on(source)
+    result = source.follow(session)
+    assert (result.result, result.reason) == ("failed", "DATA_LOSS")
+    assert destination.look().machine.state == "paused"
 
 
 STRANGERS = {

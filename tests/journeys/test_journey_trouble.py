@@ -27,6 +27,10 @@ PHASES = (
     ),
 )
 MBIT = 1e6 / 8
+LANE_KINDS = (
+    migration_pb2.LANE_KIND_GRPC,
+    pytest.param(migration_pb2.LANE_KIND_TCP, marks=pytest.mark.matrix),
+)
 
 
 def sent_bytes(source: Daemon, session: str) -> int:
@@ -39,14 +43,18 @@ def sent_bytes(source: Daemon, session: str) -> int:
     return 0
 
 
+@pytest.mark.parametrize("kind", LANE_KINDS)
 @pytest.mark.parametrize("point", PHASES)
-def test_cancelled_in_each_phase_and_tried_again(rig: Rig, image: Path, point: str) -> None:
+def test_cancelled_in_each_phase_and_tried_again(
+    rig: Rig, image: Path, point: str, kind: migration_pb2.LaneKind.ValueType
+) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic", "accelerator")))
     destination = rig.start("destination")
     before = goes_on(source)
     with rig.held(point) as arrived:
         # A downtime that nothing fits into, so that there is a second round.
-        session = source.begin(destination.address, max_downtime_ms=0.001 if point == "source.round1" else 300)
+        downtime_ms = 0.001 if point == "source.round1" else 300
+        session = source.begin(destination.address, max_downtime_ms=downtime_ms, lane_kind=kind, lanes=2)
         arrived()
         source.stub.Cancel(host_pb2.CancelRequest(session_id=session), timeout=20)
     result = source.follow(session)
@@ -54,19 +62,36 @@ def test_cancelled_in_each_phase_and_tried_again(rig: Rig, image: Path, point: s
     before = goes_on(source, before)
     assert {device.state for device in source.look().machine.devices} == {"RUNNING"}
     wait_for(lambda: not destination.look().migrating, "the destination has not let go")
-    assert_completed(source.migrate(destination.address))
+    assert_completed(source.migrate(destination.address, lane_kind=kind))
     goes_on(destination, before)
 
 
-def test_the_destination_is_killed_while_pages_flow(rig: Rig, image: Path) -> None:
+@pytest.mark.parametrize("kind", LANE_KINDS)
+def test_cancelled_while_pages_flow(rig: Rig, image: Path, kind: migration_pb2.LaneKind.ValueType) -> None:
+    source = rig.start("source", machine_toml(image=image))
+    destination = rig.start("destination")
+    before = goes_on(source)
+    session = source.begin(destination.address, bandwidth_limit=40 * MBIT, lane_kind=kind, lanes=2)
+    wait_for(lambda: sent_bytes(source, session) > 0, "nothing is sent")
+    source.stub.Cancel(host_pb2.CancelRequest(session_id=session), timeout=20)
+    assert source.follow(session).reason == "CANCELLED"
+    goes_on(source, before)
+    wait_for(lambda: not destination.look().migrating, "the destination has not let go")
+
+
+@pytest.mark.parametrize("kind", LANE_KINDS)
+@pytest.mark.parametrize("ends", ["kill", pytest.param("stop", marks=pytest.mark.matrix)])
+def test_the_destination_ends_while_pages_flow(
+    rig: Rig, image: Path, ends: str, kind: migration_pb2.LaneKind.ValueType
+) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic",)))
     destination = rig.start("destination", state="killed")
     before = goes_on(source)
-    session = source.begin(destination.address, bandwidth_limit=40 * MBIT)
+    session = source.begin(destination.address, bandwidth_limit=40 * MBIT, lane_kind=kind)
     # Nearly 40 MB at 5 MB/s: once some of it is there, the rest is on its way.
     wait_for(lambda: destination.look().migrating, "it does not begin")
     wait_for(lambda: sent_bytes(source, session) > 0, "nothing is sent")
-    destination.kill()
+    getattr(destination, ends)()
     result = source.follow(session)
     assert result.result == "failed"
     assert destination.address in result.error

@@ -12,12 +12,17 @@ from test_journey_localhost import goes_on
 UNLOGGED = {"nic": 'faults = ["unlogged"]'}
 
 
-def test_strict_finds_it_before_the_machine_runs(rig: Rig, image: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [migration_pb2.LANE_KIND_GRPC, pytest.param(migration_pb2.LANE_KIND_TCP, marks=pytest.mark.matrix)],
+    ids=["grpc", "tcp"],
+)
+def test_strict_finds_it_before_the_machine_runs(rig: Rig, image: Path, kind: migration_pb2.LaneKind.ValueType) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic", "nvme"), extra=UNLOGGED))
     destination = rig.start("destination")
     before = goes_on(source)
     with rig.held("source.switchover") as arrived:
-        session = source.begin(destination.address)
+        session = source.begin(destination.address, lane_kind=kind)
         arrived()
         goes_on(source)
     result = source.follow(session)

@@ -66,14 +66,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-STUBBORN = 'trap "" TERM; echo $$ > {socket}.pid; exec sleep 1000'
+# A child that does not listen to SIGTERM.
+STUBBORN = 'trap "" TERM; sleep 1000 & echo $! > {socket}.pid; wait'
 
 
 @pytest.mark.parametrize(
     ("command", "status"),
     [
-        (f"sh -c '({STUBBORN}) & wait'", -signal.SIGTERM),  # its child does not listen to SIGTERM
-        (f'sh -c \'trap "" TERM; sh -c "sleep 1000" & {STUBBORN}\'', -signal.SIGKILL),
+        (f"sh -c '({STUBBORN}) & wait'", -signal.SIGTERM),
+        (f"sh -c '{STUBBORN}'", -signal.SIGKILL),
         (f"sh -c '({STUBBORN}) & exit 0'", 0),  # it has gone long ago
     ],
 )

@@ -273,6 +273,8 @@ BOTH = Access(sources=frozenset({"host1"}), operators=frozenset({"ops"}))
         (f"/{MIGRATION}/Prepare", {"host1", "127.0.0.1"}, SOURCES, True),
         (f"/{MIGRATION}/Prepare", {"host7"}, OPERATORS, True),
         (f"/{MIGRATION}/Prepare", {"ops"}, BOTH, False),
+        (f"/{MIGRATION}/Halt", {"host7"}, OPERATORS, True),  # what a source has brought it may halt
+        (f"/{MIGRATION}/Halt", {"ops"}, BOTH, False),
         (f"/{HOST}/Migrate", {"host7"}, OPERATORS, False),
         (f"/{HOST}/Migrate", set(), OPERATORS, False),
         (f"/{HOST}/Migrate", {"host9"}, OPERATORS, True),
@@ -280,7 +282,7 @@ BOTH = Access(sources=frozenset({"host1"}), operators=frozenset({"ops"}))
         (f"/{HOST}/StopMachine", {"host1"}, BOTH, False),
         (f"/{HOST}/GetMachine", {"host7"}, BOTH, True),
         (f"/{HOST}/WatchEvents", {"host7"}, BOTH, True),
-        (f"/{HOST}/Pause", {"host1"}, BOTH, True),  # as a source does
+        (f"/{HOST}/Pause", {"host1"}, BOTH, False),
         (f"/{HOST}/Pause", {"host1"}, OPERATORS, False),
         (f"/{HOST}/Resume", {"host1"}, BOTH, False),
         (f"/{HOST}/SomethingNew", {"host7"}, OPERATORS, False),

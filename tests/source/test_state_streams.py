@@ -15,8 +15,16 @@ from switchover.v1 import migration_pb2 as pb
 from common.ipc.channel import RequestError
 from common.machine.client import Changes, DeviceInfo, DeviceSizes, MachineClient, MappingChange
 from source import state_streams
+from source.failures import explain
 from source.limiter import Limiter
-from source.state_streams import FAILED_LENGTH, READ_SIZE, DeviceStream, MappingStream
+from source.state_streams import (
+    FAILED_LENGTH,
+    READ_SIZE,
+    DeviceStream,
+    EndlessStateError,
+    MappingStream,
+    most_stop_copy,
+)
 
 PRECOPY, LOADED = pb.DEVICE_STATE_KIND_PRECOPY_DATA, pb.DEVICE_STATE_KIND_INIT_DATA_SENT
 STOP_COPY, END = pb.DEVICE_STATE_KIND_STOP_COPY_DATA, pb.DEVICE_STATE_KIND_END
@@ -148,6 +156,30 @@ def test_a_device_that_fails_to_say_its_length_is_read_with_a_whole_buffer(opene
     stream.start()
     stream.stop_copy()
     assert device.asked == [READ_SIZE]
+
+
+@pytest.mark.parametrize("declared", [None, 7])
+def test_a_state_without_an_end_is_not_sent_for_ever(
+    opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch, declared: int | None
+) -> None:
+    monkeypatch.setattr(state_streams, "FAILED_LENGTH", 20)
+    monkeypatch.setattr(state_streams, "UNDECLARED_LENGTH", 6)
+    stream, device, destination = opened(flags=1)
+    device.sizes_now = sizes(1, None, None, declared)
+    stream.start()
+    stream.remaining()
+    for _ in range(5):
+        device.reads.put((1, b"12345"))
+    with pytest.raises(EndlessStateError, match="nic0: more than 20 bytes of state in STOP_COPY") as error:
+        stream.stop_copy()
+    assert explain(error.value, "b:1")[0] == "ENDLESS_STATE"
+    assert destination.take(5) == [(STOP_COPY, b"12345")] * 5 and not device.left
+
+
+def test_what_a_device_declares_is_an_estimate() -> None:
+    assert most_stop_copy(None) == 100 << 30
+    assert most_stop_copy(0) == 1 << 30
+    assert most_stop_copy(4 << 30) == 9 << 30
 
 
 def test_initial_data_are_said_to_be_sent_once(opened: Callable[..., Opened]) -> None:

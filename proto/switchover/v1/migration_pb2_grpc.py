@@ -75,6 +75,11 @@ class MigrationServiceStub:
                 request_serializer=switchover_dot_v1_dot_migration__pb2.CommitRequest.SerializeToString,
                 response_deserializer=switchover_dot_v1_dot_migration__pb2.CommitResponse.FromString,
                 _registered_method=True)
+        self.Halt = channel.unary_unary(
+                '/switchover.v1.MigrationService/Halt',
+                request_serializer=switchover_dot_v1_dot_migration__pb2.HaltRequest.SerializeToString,
+                response_deserializer=switchover_dot_v1_dot_migration__pb2.HaltResponse.FromString,
+                _registered_method=True)
         self.GetSession = channel.unary_unary(
                 '/switchover.v1.MigrationService/GetSession',
                 request_serializer=switchover_dot_v1_dot_migration__pb2.GetSessionRequest.SerializeToString,
@@ -152,6 +157,13 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Halt(self, request, context):
+        """Halt pauses a machine that was committed: the source has found that it is not what it was there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetSession(self, request, context):
         """GetSession looks at a session and changes nothing.
         """
@@ -215,6 +227,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.Commit,
                     request_deserializer=switchover_dot_v1_dot_migration__pb2.CommitRequest.FromString,
                     response_serializer=switchover_dot_v1_dot_migration__pb2.CommitResponse.SerializeToString,
+            ),
+            'Halt': grpc.unary_unary_rpc_method_handler(
+                    servicer.Halt,
+                    request_deserializer=switchover_dot_v1_dot_migration__pb2.HaltRequest.FromString,
+                    response_serializer=switchover_dot_v1_dot_migration__pb2.HaltResponse.SerializeToString,
             ),
             'GetSession': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSession,
@@ -449,6 +466,33 @@ class MigrationService:
             '/switchover.v1.MigrationService/Commit',
             switchover_dot_v1_dot_migration__pb2.CommitRequest.SerializeToString,
             switchover_dot_v1_dot_migration__pb2.CommitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Halt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchover.v1.MigrationService/Halt',
+            switchover_dot_v1_dot_migration__pb2.HaltRequest.SerializeToString,
+            switchover_dot_v1_dot_migration__pb2.HaltResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,8 @@ class MigrationServiceStub:
     """Verify compares digests of the source's RAM and devices with what the destination reads back from its own."""
     Commit: _grpc.UnaryUnaryMultiCallable[_migration_pb2.CommitRequest, _migration_pb2.CommitResponse]
     """Commit makes the destination the owner, and starts the machine. It is idempotent."""
+    Halt: _grpc.UnaryUnaryMultiCallable[_migration_pb2.HaltRequest, _migration_pb2.HaltResponse]
+    """Halt pauses a machine that was committed: the source has found that it is not what it was there."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetSessionRequest, _migration_pb2.GetSessionResponse]
     """GetSession looks at a session and changes nothing."""
     Resolve: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ResolveRequest, _migration_pb2.ResolveResponse]
@@ -89,6 +91,8 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     """Verify compares digests of the source's RAM and devices with what the destination reads back from its own."""
     Commit: _aio.UnaryUnaryMultiCallable[_migration_pb2.CommitRequest, _migration_pb2.CommitResponse]  # type: ignore[assignment]
     """Commit makes the destination the owner, and starts the machine. It is idempotent."""
+    Halt: _aio.UnaryUnaryMultiCallable[_migration_pb2.HaltRequest, _migration_pb2.HaltResponse]  # type: ignore[assignment]
+    """Halt pauses a machine that was committed: the source has found that it is not what it was there."""
     GetSession: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetSessionRequest, _migration_pb2.GetSessionResponse]  # type: ignore[assignment]
     """GetSession looks at a session and changes nothing."""
     Resolve: _aio.UnaryUnaryMultiCallable[_migration_pb2.ResolveRequest, _migration_pb2.ResolveResponse]  # type: ignore[assignment]
@@ -162,6 +166,14 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.CommitResponse, _abc.Awaitable[_migration_pb2.CommitResponse]]:
         """Commit makes the destination the owner, and starts the machine. It is idempotent."""
+
+    @_abc_1.abstractmethod
+    def Halt(
+        self,
+        request: _migration_pb2.HaltRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.HaltResponse, _abc.Awaitable[_migration_pb2.HaltResponse]]:
+        """Halt pauses a machine that was committed: the source has found that it is not what it was there."""
 
     @_abc_1.abstractmethod
     def GetSession(
