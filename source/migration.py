@@ -153,6 +153,7 @@ class Migration:
         self._incarnation = record.incarnation + 1
         data_first, data_pages = self._ram.data_runs()
         mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
+        self._held.callback(lambda: mapping.cancelled() or mapping.exception())  # before RAM is let go
         with self._calling():
             prepared = self._answer(
                 self._stub.Prepare,

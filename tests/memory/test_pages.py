@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from common.memory import pages as codec
 from common.memory import runs
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
-from common.memory.pages import BATCH_PAGES, Applier, Encoding, PageBatch, check, encode, lane_of, split_lanes
+from common.memory.pages import (
+    BATCH_PAGES,
+    MAX_BATCH_PAGES,
+    Applier,
+    Encoding,
+    PageBatch,
+    check,
+    encode,
+    lane_of,
+    split_lanes,
+)
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
 
@@ -231,7 +241,7 @@ def test_generations_count_the_batches_that_changed_a_chunk(target: GuestRam) ->
 
 
 PAGE = b"\x01" * PAGE_SIZE
-OVER = BATCH_PAGES + 1
+OVER = MAX_BATCH_PAGES + 1
 WRONG = {
     "runs": batch_of([], [], b""),
     "first pages but": batch_of([1, 2], [1], b"\0", PAGE),
@@ -248,7 +258,7 @@ WRONG = {
     "4095 bytes of payload": batch_of([1], [1], b"\0", PAGE[1:]),
     "bytes of payload, not 0": batch_of([1], [1], b"\x01", PAGE),
     "8192 bytes of payload, not 4096": batch_of([1], [1], b"\0", PAGE * 2),
-    "more than 256": batch_of([0], [OVER], b"\0" * (OVER // 8 + 1), PAGE * OVER),
+    "more than 1024": batch_of([0], [OVER], b"\0" * (OVER // 8 + 1), PAGE * OVER),
     "unknown encoding 0": batch_of([1], [1], b"\0", PAGE, 0),
     "unknown encoding -1": batch_of([1], [1], b"\0", PAGE, -1),
     "lz4 for 4096": batch_of([1], [1], b"\0", PAGE * 2, Encoding.LZ4),
