@@ -21,6 +21,7 @@ from console.daemon_commands import destination, host, source
 from console.device_commands import capture, check, device, replay
 from console.errors import CommandError
 from console.exit_codes import ExitCode, exit_code_of
+from console.handover_commands import forget, resolve
 from console.options import Address, AsJson, Tls, parse_address, parse_directory, positive
 
 __all__ = ["app", "main"]
@@ -41,6 +42,15 @@ class Verify(StrEnum):
     STRICT = "strict"
     DEFERRED = "deferred"
     OFF = "off"
+
+
+class Compress(StrEnum):
+    """How pages are compressed."""
+
+    OFF = "off"
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+    AUTO = "auto"
 
 
 class LaneKind(StrEnum):
@@ -106,7 +116,9 @@ def migrate(
     lane_kind: Annotated[
         LaneKind, typer.Option(help="What these are: gRPC streams, or TCP connections of their own.")
     ] = LaneKind.GRPC,
-    compress: Annotated[bool, typer.Option("--compress", help="Compress pages with lz4.")] = False,
+    compress: Annotated[
+        Compress, typer.Option(help="Compress pages: not, with lz4 or zstd, or as link and cores make it fastest.")
+    ] = Compress.OFF,
     on_mismatch: Annotated[
         OnMismatch, typer.Option(help="With --verify deferred: what to do with a machine whose memory differs.")
     ] = OnMismatch.PAUSE,
@@ -115,7 +127,7 @@ def migrate(
 ) -> int:
     """Move the machine at SOURCE to DESTINATION while it runs."""
     from rich.console import Console
-    from switchover.v1.host_pb2 import MigrateRequest
+    from switchover.v1.host_pb2 import Compression, MigrateRequest
     from switchover.v1.host_pb2 import OnTimeout as OnTimeoutMode
     from switchover.v1.migration_pb2 import LaneKind as LaneKindMode
     from switchover.v1.migration_pb2 import VerifyMode
@@ -134,8 +146,8 @@ def migrate(
         on_timeout=OnTimeoutMode.Value(f"ON_TIMEOUT_{on_timeout.name}"),
         auto_converge=auto_converge,
         lanes=lanes,
+        compression=Compression.Value(f"COMPRESSION_{compress.name}"),
         lane_kind=LaneKindMode.Value(f"LANE_KIND_{lane_kind.name}"),
-        compress=compress,
         continue_on_mismatch=on_mismatch is OnMismatch.CONTINUE,
     )
     try:
@@ -219,6 +231,10 @@ def stop(address: Address, *, tls: Tls = None) -> None:
     with daemon(address, tls) as stub:
         stub.StopMachine(StopMachineRequest(), timeout=SLOW_CALL_S)
     typer.echo(f"{address}: the machine is stopped")
+
+
+for _decision in (resolve, forget):
+    app.command()(_decision)
 
 
 @app.command()

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from common.host.operation import OnSigterm, Operation
+from common.logs import LOG_FORMAT, LogFormat
 from common.machine.attachments import read_attachments
 from common.machine.device_config import Attachment
 from console.errors import CommandError
@@ -71,6 +73,26 @@ DeviceFile = Annotated[
 ]
 
 
+LogAs = Annotated[
+    LogFormat,
+    typer.Option("--log-format", envvar=LOG_FORMAT, help="Log for people, or a JSON object per line."),
+]
+
+
+MetricsAt = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics", parser=parse_address, metavar="HOST:PORT", help="Where Prometheus may ask; default: nowhere."
+    ),
+]
+
+
+AtTheEnd = Annotated[
+    OnSigterm,
+    typer.Option(help="On SIGTERM or Ctrl-C, end a migration that runs, or finish it first. A second one ends it."),
+]
+
+
 def _kinds(devices: str | None) -> dict[str, list[str]]:
     return {} if devices is None else {"device_kinds": [kind for kind in devices.split(",") if kind]}
 
@@ -93,14 +115,17 @@ def source(
     tls: Tls = None,
     insecure: Insecure = False,
     allow_operator: AllowOperator = None,
+    log_format: LogAs = LogFormat.CONSOLE,
+    metrics: MetricsAt = None,
+    on_sigterm: AtTheEnd = OnSigterm.ABORT,
 ) -> int:
     """Run the daemon that machines leave from."""
     from common.host.network import Network
     from common.rpc.access import Access
     from source.daemon import run
 
-    network = Network(listen, tls, insecure=insecure, access=Access(operators=allow_operator))
-    return run(network, machine, state_dir)
+    network = Network(listen, tls, insecure=insecure, access=Access(operators=allow_operator), metrics=metrics)
+    return run(network, machine, state_dir, operation=Operation(log_format, on_sigterm))
 
 
 def destination(
@@ -115,14 +140,24 @@ def destination(
     insecure: Insecure = False,
     allow_source: AllowSource = None,
     allow_operator: AllowOperator = None,
+    log_format: LogAs = LogFormat.CONSOLE,
+    metrics: MetricsAt = None,
+    on_sigterm: AtTheEnd = OnSigterm.ABORT,
 ) -> int:
     """Run the daemon that machines arrive at."""
     from common.host.network import Network
     from common.rpc.access import Access
     from destination.daemon import run
 
-    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator), lane_port=lane_port)
-    return run(network, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
+    access = Access(allow_source, allow_operator)
+    network = Network(listen, tls, insecure=insecure, access=access, metrics=metrics, lane_port=lane_port)
+    return run(
+        network,
+        state_dir,
+        **_kinds(devices),
+        attachments=_attachments(device_sockets, device_file),
+        operation=Operation(log_format, on_sigterm),
+    )
 
 
 def host(
@@ -138,11 +173,22 @@ def host(
     insecure: Insecure = False,
     allow_source: AllowSource = None,
     allow_operator: AllowOperator = None,
+    log_format: LogAs = LogFormat.CONSOLE,
+    metrics: MetricsAt = None,
+    on_sigterm: AtTheEnd = OnSigterm.ABORT,
 ) -> int:
     """Run both daemons in one: machines arrive and leave."""
     from common.host.network import Network
     from common.rpc.access import Access
     from console.host import run
 
-    network = Network(listen, tls, insecure=insecure, access=Access(allow_source, allow_operator), lane_port=lane_port)
-    return run(network, machine, state_dir, **_kinds(devices), attachments=_attachments(device_sockets, device_file))
+    access = Access(allow_source, allow_operator)
+    network = Network(listen, tls, insecure=insecure, access=access, metrics=metrics, lane_port=lane_port)
+    return run(
+        network,
+        machine,
+        state_dir,
+        **_kinds(devices),
+        attachments=_attachments(device_sockets, device_file),
+        operation=Operation(log_format, on_sigterm),
+    )

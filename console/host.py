@@ -8,9 +8,11 @@ from pathlib import Path
 import grpc
 from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
 
-from common.host.daemon import configure_logs, fail, serve
+from common.host.daemon import fail, serve
 from common.host.host import Host, HostError
 from common.host.network import Network
+from common.host.operation import AS_USUAL, Operation
+from common.logs import configure_logs
 from common.machine.attachments import attachments_of
 from common.machine.config import parse
 from common.machine.device_config import DEVICE_KINDS, Attachment
@@ -29,9 +31,11 @@ def run(
     state_dir: Path | None,
     device_kinds: Sequence[str] = DEVICE_KINDS,
     attachments: Mapping[str, Attachment] | None = None,
+    *,
+    operation: Operation = AS_USUAL,
 ) -> int:
     """Serve until a signal; return the exit code."""
-    configure_logs()
+    configure_logs(operation.log_format)
     try:
         spec = parse(machine) if machine is not None else None
         # A machine that comes back finds its devices where its own file says.
@@ -54,7 +58,7 @@ def run(
 
     return serve(
         host,
-        network.listen,
+        network,
         register,
         [
             host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
@@ -62,4 +66,6 @@ def run(
         ],
         opening=lambda: outgoing.open_machine(spec),
         closing=close,
+        busy=incoming.is_busy,
+        on_sigterm=operation.on_sigterm,
     )

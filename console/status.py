@@ -24,6 +24,10 @@ def print_status(console: Console, address: str, status: GetMachineResponse) -> 
     line(f"{address}: Switchover {status.version}, {status.role}", "bold")
     if status.migrating:
         line(f"Migration {status.session_id} is running.")
+    if status.ownership == "COMMITTING":
+        line(
+            f"Who owns the machine is not decided until {status.peer} answers (see switchover resolve).", "bold yellow"
+        )
     if not status.HasField("machine"):
         line(f"No machine; it went to {status.gone_to}." if status.gone_to else "No machine.")
         return

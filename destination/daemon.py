@@ -8,10 +8,12 @@ from pathlib import Path
 import grpc
 from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
 
-from common.host.daemon import configure_logs, fail, serve
+from common.host.daemon import fail, serve
 from common.host.host import Host, HostError
 from common.host.network import Network
+from common.host.operation import AS_USUAL, Operation
 from common.host.service import HostServicer
+from common.logs import configure_logs
 from common.machine.device_config import DEVICE_KINDS, Attachment
 from common.rpc.tls import TlsError
 from destination import service as arrivals
@@ -25,9 +27,11 @@ def run(
     state_dir: Path | None,
     device_kinds: Sequence[str] = DEVICE_KINDS,
     attachments: Mapping[str, Attachment] | None = None,
+    *,
+    operation: Operation = AS_USUAL,
 ) -> int:
     """Serve until a signal; return the exit code."""
-    configure_logs()
+    configure_logs(operation.log_format)
     try:
         host = Host("destination", state_dir, device_kinds, attachments, network.secure())
     except TlsError as error:
@@ -42,7 +46,7 @@ def run(
 
     return serve(
         host,
-        network.listen,
+        network,
         register,
         [
             host_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
@@ -50,4 +54,6 @@ def run(
         ],
         opening=lambda: host.open_machine(None),
         closing=servicer.close,
+        busy=servicer.is_busy,
+        on_sigterm=operation.on_sigterm,
     )

@@ -3,11 +3,12 @@
 ::
 
     PREPARING ──loaded──► READY ──commit──► COMMITTED ──start──► STARTING ──started──► RUNNING
-        │                   │
-        └──────revoke───────┴──► REVOKED
+        │                   │                   │
+        └──────revoke───────┴──► REVOKED ◄─lost─┘
 
 COMMITTED is recorded before anything leaves STOP, STARTING before the first device does, REVOKED before anyone is told
-of it. COMMIT may come again (its answer may have been lost) and changes nothing then; after REVOKED it is refused.
+of it. COMMIT may come again (its answer may have been lost) and changes nothing then; after REVOKED it is refused. A
+machine whose process ends in COMMITTED has not run here: it is given back.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Event(Enum):
     START = "start"
     STARTED = "started"
     REVOKE = "revoke"
+    LOST = "lost"
 
 
 _TABLE = {
@@ -45,6 +47,7 @@ _TABLE = {
     (STARTING, Event.COMMIT): STARTING,
     (RUNNING, Event.COMMIT): RUNNING,
     (COMMITTED, Event.START): STARTING,
+    (COMMITTED, Event.LOST): REVOKED,
     (STARTING, Event.STARTED): RUNNING,
     (PREPARING, Event.REVOKE): REVOKED,
     (READY, Event.REVOKE): REVOKED,

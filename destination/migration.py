@@ -19,8 +19,10 @@ import structlog
 from switchover.v1 import migration_pb2
 
 from common import hooks
-from common.host.host import COMMITTED, REVOKED, Host
+from common.host.host import Host
+from common.host.ownership import COMMITTED, REVOKED
 from common.ipc.channel import ClosedError, RequestError
+from common.logs import enter_session
 from common.machine.client import MachineClient
 from common.machine.device import Digest
 from common.machine.launch import launch
@@ -61,7 +63,9 @@ class Arrival:
         self._incarnation = request.incarnation
         self._verify = request.verify or Verify.VERIFY_MODE_STRICT
         self._decision = threading.RLock()
-        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="arrival")
+        self._pool = ThreadPoolExecutor(
+            max_workers=16, thread_name_prefix="arrival", initializer=enter_session, initargs=(request.session_id,)
+        )
         self._lanes = Lanes(max(request.lanes, 1))
         self._lane_listen = lane_listen
         self._lane_port: LanePort | None = None
@@ -84,6 +88,7 @@ class Arrival:
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
         """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING."""
+        _log.info("arrival", machine=request.machine_uuid, incarnation=request.incarnation)
         spec = find_devices(describe(request), self._host)
         check_memory(sum(request.data_pages) * PAGE_SIZE)
         directory = self._host.run_directory(self.session_id)
@@ -112,7 +117,6 @@ class Arrival:
                 self._lane_port = self._listen()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return migration_pb2.PrepareResponse(
-            protocol_version=request.protocol_version,
             devices=[
                 migration_pb2.PreparedDevice(
                     name=device.name,
@@ -146,6 +150,7 @@ class Arrival:
 
     def serve_lane(self, lane: int, connection: LaneSocket) -> None:
         """The same for a TCP lane, to its end; what it is refused for it is told."""
+        enter_session(self.session_id)
         try:
             with self.streaming(f"lane {lane}"):
                 receive_batches(connection, partial(self._apply_batch, lane))
@@ -156,6 +161,7 @@ class Arrival:
     def _apply_batch(self, lane: int, batch: PageBatch, receive: Receive | None = None) -> None:
         self._expect(handover.PREPARING)
         self._lanes.apply(lane, batch, receive)
+        self._host.metrics.received(batch.pages, batch.payload_bytes)
 
     def apply_device_state(
         self, name: str, records: Iterator[migration_pb2.SendDeviceStateRequest]
@@ -296,13 +302,18 @@ class Arrival:
             try:
                 self._start()
             except (ClosedError, RequestError, OSError) as error:
-                # It is ours, and it does not run. If it has not begun to start, the next COMMIT begins again; else the
-                # source keeps its copy, and an operator decides.
+                # It is ours, and it does not run. If it has not begun to start, the next COMMIT begins again, unless
+                # nothing is left of it: then it is its source's. Else the source keeps its copy, and it is for an
+                # operator to decide.
                 if self.state == handover.STARTING:
                     self.failure = str(error)
                     self._host.end_migration()
+                elif self._machine.has_ended():
+                    self._give_back()
                 raise RefusalError(grpc.StatusCode.ABORTED, "NOT_STARTED", str(error)) from error
             start_us = int((time.monotonic() - began) * 1e6)
+        self._host.metrics.arrived("committed")
+        _log.info("arrival committed", start_ms=start_us / 1000)
         self._pool.submit(self._settle_in)
         return migration_pb2.CommitResponse(state=self.state, start_us=start_us)
 
@@ -313,6 +324,13 @@ class Arrival:
         self.state = handover.after(self.state, Event.START)
         self._machine.take_over()
         self.state = handover.after(self.state, Event.STARTED)
+
+    def _give_back(self) -> None:
+        self._host.give_back(self.session_id)
+        self._revoked_for = "the machine process has ended before it was started"
+        self.state = handover.after(self.state, Event.LOST)
+        self.close()
+        self._host.end_migration()
 
     def _record(self, ownership: Ownership) -> None:
         assert self._machine is not None
@@ -328,7 +346,7 @@ class Arrival:
                 self._let_go()
         except (ClosedError, RequestError, OSError) as error:
             # It runs and is ours as the record says already; the next start of this daemon makes up for it.
-            _log.error("arrival not settled", session=self.session_id, message=str(error))
+            _log.error("arrival not settled", message=str(error))
         finally:
             self._host.end_migration()
         self._host.events.publish(self.session_id, machine_state="paused" if self._paused else "running")
@@ -352,7 +370,8 @@ class Arrival:
             self._host.decide(self.session_id, REVOKED)
             self._revoked_for = reason
             self.state = state
-        _log.info("arrival revoked", session=self.session_id, reason=reason)
+        self._host.metrics.arrived("revoked")
+        _log.info("arrival revoked", reason=reason)
         try:
             self._take_down()
         finally:
@@ -390,6 +409,11 @@ class Arrival:
             why = f": {self._revoked_for}" if self._revoked_for else ""
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}{why}")
 
+    @property
+    def is_streaming(self) -> bool:
+        """Whether its source has a stream open."""
+        return bool(self._open_streams)
+
     @contextmanager
     def streaming(self, name: str) -> Iterator[None]:
         """Serve the one stream of that name in this block; one that breaks before COMMIT ends the session."""
@@ -423,13 +447,14 @@ class Arrival:
             try:
                 self.revoke(why)
             except ValueError:
-                _log.info("stream lost after COMMIT", session=self.session_id, reason=why)
+                _log.info("stream lost after COMMIT", reason=why)
             except OSError as error:
                 # Not on disk is not decided: `_watch` tries again.
-                _log.error("arrival not revoked", session=self.session_id, message=str(error))
+                _log.error("arrival not revoked", message=str(error))
 
     def _watch(self) -> None:
         """Revoke a session that the source has forgotten: nothing is lost, for it is still the owner."""
+        enter_session(self.session_id)
         while self.state in (handover.PREPARING, handover.READY):
             time.sleep(1.0)
             if not self._open_streams and time.monotonic() - self._active_at > IDLE_SECONDS:

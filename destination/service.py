@@ -11,19 +11,21 @@ import grpc
 import structlog
 from switchover.v1 import migration_pb2, migration_pb2_grpc
 
-from common.host.host import ARRIVED, COMMITTED, REVOKED, Host
+from common.host.host import Host
+from common.host.ownership import ARRIVED, COMMITTED, OPEN, REVOKED
 from common.ipc.channel import ClosedError, RequestError
+from common.logs import enter_session
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError
 from common.rpc.page_batch import parse
+from common.rpc.versions import HIGHEST, LOWEST, choose, shared
 from destination import handover
 from destination.migration import Arrival
 
-__all__ = ["PROTOCOL_VERSIONS", "MigrationServicer", "register"]
+__all__ = ["MigrationServicer", "register"]
 
 _log = structlog.get_logger()
 
-PROTOCOL_VERSIONS = (1,)
 MAX_LANES = 16
 SERVICE = "switchover.v1.MigrationService"
 
@@ -48,19 +50,21 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         self, request: migration_pb2.PrepareRequest, context: grpc.ServicerContext
     ) -> migration_pb2.PrepareResponse:
         """Open a session."""
-        if request.protocol_version not in PROTOCOL_VERSIONS:
-            known = ", ".join(map(str, PROTOCOL_VERSIONS))
+        version = choose(request.protocol_version, request.highest_protocol_version)
+        if version is None:
+            highest = max(request.protocol_version, request.highest_protocol_version)
             raise RefusalError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "PROTOCOL_VERSION",
-                f"the source speaks protocol {request.protocol_version}, this destination {known}",
+                f"the source speaks protocol {request.protocol_version} to {highest}, this destination {LOWEST} to "
+                f"{HIGHEST}",
             )
         _check_session_id(request.session_id)
         if request.lanes > MAX_LANES:
             raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"at most {MAX_LANES} lanes")
-        if self._host.decision(request.session_id) is not None:
+        if not self._host.is_new(request.session_id):
             raise RefusalError(
-                grpc.StatusCode.FAILED_PRECONDITION, "SESSION_ENDED", "this session has ended here; begin a new one"
+                grpc.StatusCode.FAILED_PRECONDITION, "SESSION_ENDED", "this session was here already; begin a new one"
             )
         if self._host.machine is not None:
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "HAS_MACHINE", "this host has a machine already")
@@ -74,15 +78,25 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
                 grpc.StatusCode.FAILED_PRECONDITION, "OLD_INCARNATION", "a later incarnation was here already"
             )
         self._host.begin_migration(request.session_id)
+        enter_session(request.session_id)
+        try:
+            self._host.decide(request.session_id, OPEN)
+            self._host.set_aside()
+        except BaseException:
+            self._host.end_migration()
+            raise
         with self._lock:
             if self._arrival is not None:
                 self._arrival.close()
             self._arrival = arrival = Arrival(self._host, request, self._lane_listen)
         try:
-            return arrival.prepare(request)
+            prepared = arrival.prepare(request)
         except BaseException as error:
             arrival.revoke(f"it could not be prepared: {error}")
             raise
+        prepared.protocol_version = version
+        prepared.features.extend(shared(request.features))
+        return prepared
 
     def ReadClock(
         self, request: migration_pb2.ReadClockRequest, context: grpc.ServicerContext
@@ -174,6 +188,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Decide: what is not committed by now is revoked, on disk, before it is answered."""
         arrival = self._arrival
         if arrival is not None and arrival.session_id == request.session_id:
+            enter_session(request.session_id)
             try:
                 arrival.revoke("the source asked for a decision")
             except ValueError:
@@ -189,6 +204,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """End the session."""
         arrival = self._arrival
         if arrival is not None and arrival.session_id == request.session_id:
+            enter_session(request.session_id)
             try:
                 arrival.revoke(request.reason)
             except ValueError as error:
@@ -202,7 +218,12 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         arrival = self._arrival
         if arrival is None or arrival.session_id != session_id:
             raise RefusalError(grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no such session is known here")
+        enter_session(session_id)
         return arrival
+
+    def is_busy(self) -> bool:
+        """Return whether a migration runs; one that came is over when its source has closed its streams."""
+        return self._host.migrating or (self._arrival is not None and self._arrival.is_streaming)
 
     def close(self) -> None:
         """End an arrival that is not committed, in good order."""

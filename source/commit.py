@@ -1,7 +1,8 @@
 """The one step that cannot be undone: COMMIT, and what to do when its answer does not come.
 
 A source that is COMMITTING asks until the destination says who owns the machine. That it does not answer decides
-nothing; nor does the end of this daemon, for the next one finds the record and goes on asking (`settle`).
+nothing; nor does the end of this daemon, for the next one finds the record and goes on asking (`Settling`). Where the
+destination is lost for good, an operator may declare what it does not say any more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -17,29 +19,34 @@ from switchover.v1 import migration_pb2, migration_pb2_grpc
 
 from common.host.host import Host
 from common.ipc.channel import ClosedError, RequestError
+from common.logs import enter_session
 from common.machine import record
 from common.machine.record import Ownership, Record
 from common.rpc.channel import open_channel
 from common.rpc.errors import peer_error
 from source import handover
+from source.handover import Event
 
-__all__ = ["NotStartedError", "RevokedError", "UndecidedError", "commit", "settle", "wait_until_started"]
+__all__ = ["Handover", "NotStartedError", "ResolvedError", "RevokedError", "Settling", "UndecidedError"]
 
 CALL_SECONDS = 20.0
 RETRY_SECONDS = 1.0
 POLL_SECONDS = 0.05
 
-OWNED = (
-    migration_pb2.SESSION_STATE_COMMITTED,
-    migration_pb2.SESSION_STATE_STARTING,
-    migration_pb2.SESSION_STATE_RUNNING,
-)
+# One that is COMMITTED only may still lose the machine before anything of it has run, and revoke: it is told again.
+STARTED = (migration_pb2.SESSION_STATE_STARTING, migration_pb2.SESSION_STATE_RUNNING)
 
 _log = structlog.get_logger()
+Request = TypeVar("Request")
+Response = TypeVar("Response")
 
 
 class RevokedError(Exception):
     """The destination has decided that it does not take the machine."""
+
+
+class ResolvedError(Exception):
+    """An operator has declared who owns the machine."""
 
 
 class NotStartedError(Exception):
@@ -50,116 +57,197 @@ class UndecidedError(Exception):
     """This daemon ends before the destination has said who owns the machine; the next one goes on asking."""
 
 
-def commit(
-    stub: migration_pb2_grpc.MigrationServiceStub,
-    session_id: str,
-    incarnation: int,
-    say: Callable[[str], None],
-    ended: threading.Event,
-) -> float:
-    """Send COMMIT; return how long the destination took to start the machine, in ms (0 if that was not heard).
+class _DeclaredError(Exception):
+    def __init__(self, event: Event) -> None:
+        super().__init__(event.value)
+        self.event = event
 
-    Raise `RevokedError` if the destination says that it never will. `say` is told why it takes longer; `ended` ends the
-    waiting with `UndecidedError`.
+
+class Handover:
+    """A machine that is COMMITTING, and the question who owns it.
+
+    One thread asks (`commit` or `resolve`), records the answer and says that it has (`recorded`); others may answer in
+    the destination's place (`declare`), or end the waiting.
     """
-    request = migration_pb2.CommitRequest(session_id=session_id, incarnation=incarnation)
-    try:
-        response = stub.Commit(request, timeout=CALL_SECONDS)
-        if response.state in OWNED:
-            return response.start_us / 1000
-        _log.warning("COMMIT was answered without being done", session=session_id, state=response.state)
-    except grpc.RpcError as error:
-        failure = peer_error(error)
-        _log.warning("COMMIT was not answered", session=session_id, reason=failure.reason, message=str(failure))
-    if not _resolve(stub, session_id, say, ended):
-        raise RevokedError("the destination did not commit; the machine goes on here")
-    return 0.0
 
+    def __init__(
+        self,
+        stub: migration_pb2_grpc.MigrationServiceStub,
+        session_id: str,
+        incarnation: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """`incarnation` is the one that the destination was offered; `say` is told why it takes longer."""
+        self._stub = stub
+        self._commit = migration_pb2.CommitRequest(session_id=session_id, incarnation=incarnation)
+        self._session_id = session_id
+        self._say = say
+        self._lock = threading.Lock()
+        self._call: grpc.Future[Any] | None = None
+        self._answer: Event | None = None
+        self._declared = False
+        self._ended = False
+        self._disturbed = threading.Event()
+        self._recorded = threading.Event()
 
-def wait_until_started(
-    stub: migration_pb2_grpc.MigrationServiceStub,
-    session_id: str,
-    incarnation: int,
-    say: Callable[[str], None],
-    ended: threading.Event,
-) -> None:
-    """Wait until the destination has started the machine that it owns; raise `NotStartedError` if it could not."""
-    request = migration_pb2.GetSessionRequest(session_id=session_id)
-    again = migration_pb2.CommitRequest(session_id=session_id, incarnation=incarnation)
-    while not ended.is_set():
+    def declare(self, event: Event) -> bool:
+        """Answer in the destination's place; return whether that is on disk now. False: there is another answer."""
+        with self._lock:
+            if self._answer is not None or self._ended:
+                return False
+            self._answer, self._declared = event, True
+            self._disturb()
+        return self._recorded.wait(CALL_SECONDS)
+
+    def end(self) -> None:
+        """Do not wait any longer: who waits gets `UndecidedError`."""
+        with self._lock:
+            self._ended = True
+            self._disturb()
+
+    def _disturb(self) -> None:
+        self._disturbed.set()
+        if self._call is not None:
+            self._call.cancel()
+
+    def recorded(self) -> None:
+        """Say that the answer is on disk."""
+        self._recorded.set()
+
+    def commit(self) -> tuple[Event, float]:
+        """Send COMMIT; return the answer, and how long the start took there in ms (0: that was not heard)."""
         try:
-            session = stub.GetSession(request, timeout=CALL_SECONDS)
+            response = self._ask(self._stub.Commit, self._commit)
+            if response.state in STARTED:
+                return self._answered(Event.COMMITTED), response.start_us / 1000
         except grpc.RpcError as error:
-            say(f"whether the machine has started is not known until the destination answers: {peer_error(error)}")
-            ended.wait(RETRY_SECONDS)
-            continue
-        if session.failure:
-            raise NotStartedError(f"the destination owns the machine and could not start it: {session.failure}")
-        if session.state == migration_pb2.SESSION_STATE_RUNNING:
-            return
-        if session.state not in OWNED:
-            raise NotStartedError("the destination has owned the machine, and does not know it any more")
-        if session.state == migration_pb2.SESSION_STATE_COMMITTED:
-            with suppress(grpc.RpcError):  # the next look tells
-                stub.Commit(again, timeout=CALL_SECONDS)
-        ended.wait(POLL_SECONDS)
-    raise UndecidedError("the daemon ends before the destination has said that the machine has started")
+            failure = peer_error(error)
+            _log.warning("COMMIT was not answered", reason=failure.reason, message=str(failure))
+        except _DeclaredError as declared:
+            return declared.event, 0.0
+        return self.resolve(), 0.0
 
-
-def _resolve(
-    stub: migration_pb2_grpc.MigrationServiceStub, session_id: str, say: Callable[[str], None], ended: threading.Event
-) -> bool:
-    """Ask until the destination says whether it owns the machine."""
-    request = migration_pb2.ResolveRequest(session_id=session_id)
-    while not ended.is_set():
+    def resolve(self) -> Event:
+        """Ask until the destination says who owns the machine, or somebody in its place."""
+        request = migration_pb2.ResolveRequest(session_id=self._session_id)
         try:
-            state = stub.Resolve(request, timeout=CALL_SECONDS).state
-        except grpc.RpcError as error:
-            say(f"who owns the machine is not known until the destination answers: {peer_error(error)}")
-            ended.wait(RETRY_SECONDS)
-            continue
-        if state in OWNED:
-            return True
-        if state == migration_pb2.SESSION_STATE_REVOKED:
-            return False
-        ended.wait(RETRY_SECONDS)
-    raise UndecidedError("the daemon ends before the destination has said who owns the machine")
+            while True:
+                try:
+                    state = self._ask(self._stub.Resolve, request).state
+                    if state in STARTED:
+                        return self._answered(Event.COMMITTED)
+                    if state == migration_pb2.SESSION_STATE_REVOKED:
+                        return self._answered(Event.REVOKED)
+                    if state == migration_pb2.SESSION_STATE_COMMITTED:
+                        self._ask(self._stub.Commit, self._commit)
+                except grpc.RpcError as error:
+                    self._say(f"who owns the machine is not known until the destination answers: {peer_error(error)}")
+                self._wait(RETRY_SECONDS)
+        except _DeclaredError as declared:
+            return declared.event
 
+    def wait_until_started(self) -> None:
+        """Wait until the destination has started the machine that it owns; raise `NotStartedError` if it could not."""
+        request = migration_pb2.GetSessionRequest(session_id=self._session_id)
+        while True:
+            try:
+                session = self._ask(self._stub.GetSession, request)
+            except grpc.RpcError as error:
+                self._say(f"whether the machine runs is not known until the destination answers: {peer_error(error)}")
+                self._wait(RETRY_SECONDS)
+                continue
+            if session.failure:
+                raise NotStartedError(f"the destination owns the machine and could not start it: {session.failure}")
+            if session.state == migration_pb2.SESSION_STATE_RUNNING:
+                return
+            if session.state not in STARTED:
+                raise NotStartedError("the destination has owned the machine, and does not know it any more")
+            self._wait(POLL_SECONDS)
 
-def settle(host: Host, known: Record, ended: threading.Event) -> None:
-    """Finish, in the background, a handover that an earlier daemon left COMMITTING."""
+    def _answered(self, answer: Event) -> Event:
+        """Return what counts: what the destination says, unless an operator was faster."""
+        with self._lock:
+            self._answer = self._answer or answer
+            return self._answer
 
-    def say(text: str) -> None:
-        host.events.publish(known.session_id, message=text)
-
-    def ask() -> None:
+    def _ask(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
+        with self._lock:
+            self._check()
+            self._call = call = method.future(request, timeout=CALL_SECONDS)
         try:
-            with open_channel(known.peer, host.security.channel) as channel:
-                stub = migration_pb2_grpc.MigrationServiceStub(channel)
-                gone = _resolve(stub, known.session_id, say, ended)
-                event = handover.Event.COMMITTED if gone else handover.Event.REVOKED
-                _decide(host, known, handover.after(Ownership.COMMITTING, event))
-                if gone:
-                    wait_until_started(stub, known.session_id, known.incarnation + 1, say, ended)
+            return call.result()
+        except grpc.FutureCancelledError:
+            self._check()
+            raise
+
+    def _wait(self, seconds: float) -> None:
+        self._disturbed.wait(seconds)
+        self._check()
+
+    def _check(self) -> None:
+        if self._declared and self._answer is not None:
+            raise _DeclaredError(self._answer)
+        if self._ended:
+            raise UndecidedError("the daemon ends before the destination has said who owns the machine")
+
+
+class Settling:
+    """A handover that an earlier daemon, or a failed migration, left COMMITTING: it is finished in the background."""
+
+    def __init__(self, host: Host, known: Record) -> None:
+        self._host = host
+        self._known = known
+        self._channel = open_channel(known.peer, host.security.channel)
+        self.handover = Handover(
+            migration_pb2_grpc.MigrationServiceStub(self._channel), known.session_id, known.incarnation + 1, self._say
+        )
+        host.begin_migration(known.session_id)
+        self._thread = threading.Thread(target=self._settle, name="settle", daemon=True)
+        self._thread.start()
+
+    def _say(self, text: str) -> None:
+        self._host.events.publish(self._known.session_id, message=text)
+
+    def _settle(self) -> None:
+        known = self._known
+        enter_session(known.session_id)
+        try:
+            with self._channel:
+                event = self.handover.resolve()
+                self._record(event)
+                self.handover.recorded()
+                if event is Event.COMMITTED:
+                    self.handover.wait_until_started()
                     if known.judged:
-                        host.release(Ownership.RELEASED)
-            _log.info("handover settled", session=known.session_id, gone=gone)
+                        self._host.release(Ownership.RELEASED)
+            _log.info("handover settled", decision=event.value)
         except (NotStartedError, UndecidedError, ClosedError, RequestError, OSError) as error:
-            say(f"the handover to {known.peer} is not settled: {error}")
-            _log.warning("handover not settled", session=known.session_id, message=str(error))
+            self._say(f"the handover to {known.peer} is not settled: {error}")
+            _log.warning("handover not settled", message=str(error))
         finally:
-            host.end_migration()
+            self._host.end_migration()
 
-    host.begin_migration(known.session_id)
-    threading.Thread(target=ask, name="settle", daemon=True).start()
+    def _record(self, event: Event) -> None:
+        """Record what was decided; a machine that stays here goes on."""
+        known, machine = self._known, self._host.machine
+        ownership = handover.after(Ownership.COMMITTING, event)
+        incarnation = handover.incarnation_after(event, known.incarnation)
+        if machine is not None:
+            with suppress(ClosedError):
+                machine.record(
+                    ownership,
+                    session_id=known.session_id,
+                    peer=known.peer,
+                    incarnation=incarnation,
+                    judged=known.judged,
+                )
+                if ownership is Ownership.OWNER:
+                    machine.end()
+                return
+        # Its process has ended. If it is not the destination's, then it was switched off here.
+        record.write(self._host.record_path, replace(known, ownership=ownership, incarnation=incarnation))
 
-
-def _decide(host: Host, known: Record, ownership: Ownership) -> None:
-    """Record what the destination has said; a machine that stays here goes on."""
-    if host.machine is None:
-        # Its process has ended meanwhile. If it is not the destination's, then it was switched off here.
-        record.write(host.record_path, replace(known, ownership=ownership))
-        return
-    host.machine.record(ownership, session_id=known.session_id, peer=known.peer, judged=known.judged)
-    if ownership is Ownership.OWNER:
-        host.machine.end()
+    def end(self) -> None:
+        """Do not wait any longer; the next daemon goes on asking."""
+        self.handover.end()
+        self._thread.join()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.ipc.channel import ClosedError, RequestError
 from common.rpc.errors import PeerError
-from source.commit import NotStartedError, RevokedError, UndecidedError
+from source.commit import NotStartedError, ResolvedError, RevokedError, UndecidedError
 from source.counterparts import DeviceDiffersError
 from source.state_streams import EndlessStateError
 from source.verdict import DataLossError
@@ -35,6 +35,8 @@ def explain(error: Exception, destination: str) -> tuple[str, str]:
             return "ENDLESS_STATE", str(error)
         case RevokedError():
             return "REVOKED", str(error)
+        case ResolvedError():
+            return "RESOLVED", str(error)
         case NotStartedError():
             return "NOT_STARTED", str(error)
         case UndecidedError():

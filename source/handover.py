@@ -2,12 +2,15 @@
 
 ::
 
-    OWNER ──begin──► COMMITTING ──committed──► GONE
+    OWNER ──begin──► COMMITTING ──committed, declared there──► GONE
       ▲                   │
-      └─────revoked───────┘
+      └───────────────────┘
+       revoked, declared here
 
 COMMITTING is recorded before the first COMMIT is sent, and is left only by what the destination says: that it owns the
-machine, or that it never will. Not to get an answer is no answer; so at no moment do both sides believe to own it.
+machine and has begun to start it, or that it never will. Not to get an answer is no answer; so at no moment do both
+sides believe to own it. Only where the destination will never answer again, an operator declares instead who owns the
+machine (`switchover resolve`), and answers for it that this is so.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from enum import Enum
 
 from common.machine.record import Ownership
 
-__all__ = ["Event", "after"]
+__all__ = ["Event", "after", "incarnation_after"]
 
 
 class Event(Enum):
@@ -25,12 +28,16 @@ class Event(Enum):
     BEGIN = "begin"
     COMMITTED = "committed"
     REVOKED = "revoked"
+    DECLARED_HERE = "declared here"
+    DECLARED_THERE = "declared there"
 
 
 _TABLE = {
     (Ownership.OWNER, Event.BEGIN): Ownership.COMMITTING,
     (Ownership.COMMITTING, Event.COMMITTED): Ownership.GONE,
     (Ownership.COMMITTING, Event.REVOKED): Ownership.OWNER,
+    (Ownership.COMMITTING, Event.DECLARED_HERE): Ownership.OWNER,
+    (Ownership.COMMITTING, Event.DECLARED_THERE): Ownership.GONE,
 }
 
 
@@ -40,3 +47,11 @@ def after(state: Ownership, event: Event) -> Ownership:
         return _TABLE[state, event]
     except KeyError:
         raise ValueError(f"{event.value} is not possible in {state}") from None
+
+
+def incarnation_after(event: Event, incarnation: int) -> int:
+    """Return the incarnation of the machine here after an event.
+
+    A destination that was passed over may have recorded the one that it was offered, and must not take it for new.
+    """
+    return incarnation + 1 if event is Event.DECLARED_HERE else incarnation

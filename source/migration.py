@@ -24,22 +24,25 @@ from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 from common import hooks
 from common.host.host import Host
 from common.ipc.channel import ClosedError, RequestError
+from common.logs import enter_session
 from common.machine.attachments import without_attachments
 from common.machine.config import to_json
 from common.machine.record import Ownership
 from common.memory import bitmap, runs
 from common.memory.bitmap import Words
+from common.rpc import versions
 from common.rpc.channel import open_bulk_channel, open_channel
 from common.rpc.errors import PeerError, peer_error
 from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
-from source.commit import RevokedError, commit, wait_until_started
+from source.commit import Handover, ResolvedError, RevokedError
 from source.counterparts import check_counterparts
 from source.failures import CancelledError, NotConvergedError, explain
 from source.grpc_lane import GrpcLane
 from source.history import History
-from source.lanes import LaneStats, PageLane
+from source.lane_stats import LaneStats
+from source.lanes import PageLane
 from source.limiter import Limiter
 from source.policy import Action, Limits, RoundFacts, decide
 from source.streams import Streams
@@ -47,9 +50,8 @@ from source.tcp_lane import LanePort, TcpLane
 from source.verdict import DataLossError
 from source.verifier import Verifier
 
-__all__ = ["PROTOCOL_VERSION", "Migration"]
+__all__ = ["Migration"]
 
-PROTOCOL_VERSION = 1
 CALL_SECONDS = 20.0
 # Prepare touches all RAM, Finish loads all devices, Verify reads all RAM.
 LONG_CALL_SECONDS, LONG_CALL_SECONDS_PER_GIB = 120.0, 2.0
@@ -84,9 +86,10 @@ class Migration:
         self._limiter = Limiter(request.bandwidth_limit or None)
         self._history = History()
         self._cancelled = threading.Event()
-        self._ended = threading.Event()
         self._ownership = Ownership.OWNER
-        self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="migration")
+        self._pool = ThreadPoolExecutor(
+            max_workers=32, thread_name_prefix="migration", initializer=enter_session, initargs=(session_id,)
+        )
         self._open_streams: Streams | None = None
         self._verifier: Verifier | None = None
         self._held = ExitStack()
@@ -95,11 +98,16 @@ class Migration:
         self._machine = host.machine.another()
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
-        self._account = Account(host.events, session_id, request, self._device_progress)
+        self._account = Account(host.events, session_id, request, self._tell_progress)
+        record = host.record()
+        assert record is not None
+        self._incarnation = record.incarnation + 1
+        self.handover = Handover(self._stub, session_id, self._incarnation, self._account.say)
 
-    def _device_progress(self) -> list[host_pb2.DeviceProgress]:
+    def _tell_progress(self, progress: host_pb2.Progress) -> None:
         streams = self._open_streams
-        return [stream.progress() for stream in streams.devices] if streams is not None else []
+        if streams is not None:
+            streams.tell(progress)
 
     def cancel(self) -> None:
         """End the migration; without effect once COMMIT may have been sent."""
@@ -118,10 +126,12 @@ class Migration:
     def abandon(self) -> None:
         """Do not wait any longer for a destination that does not answer: this daemon ends."""
         self.cancel()
-        self._ended.set()
+        self.handover.end()
 
     def run(self) -> None:
         """Move the machine. Whatever fails, somebody owns it at the end, and the result says what happened."""
+        enter_session(self.session_id)
+        _log.info("migration", destination=self._address)
         try:
             self._setup()
             self._precopy()
@@ -148,9 +158,6 @@ class Migration:
         self._account.moves(spec.uuid or "", self._ram.size, devices)
         if self._request.verify != Verify.VERIFY_MODE_OFF:
             self._verifier = Verifier(self._ram, machine, self._pool)
-        record = self._host.record()
-        assert record is not None
-        self._incarnation = record.incarnation + 1
         data_first, data_pages = self._ram.data_runs()
         mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
         self._held.callback(lambda: mapping.cancelled() or mapping.exception())  # before RAM is let go
@@ -159,7 +166,9 @@ class Migration:
                 self._stub.Prepare,
                 migration_pb2.PrepareRequest(
                     session_id=self.session_id,
-                    protocol_version=PROTOCOL_VERSION,
+                    protocol_version=versions.LOWEST,
+                    highest_protocol_version=versions.HIGHEST,
+                    features=sorted(versions.FEATURES),
                     machine_uuid=spec.uuid or "",
                     incarnation=self._incarnation,
                     machine_json=to_json(without_attachments(spec)),
@@ -172,12 +181,7 @@ class Migration:
                 self._long_call_s,
             )
             self._prepared = True
-        if prepared.protocol_version != PROTOCOL_VERSION:
-            raise PeerError(
-                "PROTOCOL_VERSION",
-                f"answers in protocol {prepared.protocol_version} what was asked in {PROTOCOL_VERSION}",
-                grpc.StatusCode.FAILED_PRECONDITION,
-            )
+        self._agree(prepared)
         check_counterparts(devices, prepared.devices)
         mapping.result()
         self._check()
@@ -195,22 +199,36 @@ class Migration:
             devices,
             {device.name: device.migration_flags for device in prepared.devices},
             self._limiter,
+            self._account.meter.applied,
         )
         self._check()
         self._send_mappings()
 
+    def _agree(self, prepared: migration_pb2.PrepareResponse) -> None:
+        """Take what the destination has chosen of what it was offered; refuse anything else."""
+        version = prepared.protocol_version
+        unknown = set(prepared.features) - versions.FEATURES
+        if not versions.LOWEST <= version <= versions.HIGHEST or unknown:
+            chosen = f"protocol {version}" if not unknown else f"features {', '.join(sorted(unknown))}"
+            raise PeerError(
+                "PROTOCOL_VERSION",
+                f"has chosen {chosen}, which it was not offered",
+                grpc.StatusCode.FAILED_PRECONDITION,
+            )
+        self.features = frozenset(prepared.features)
+        _log.info("agreed", protocol=version, features=sorted(self.features))
+
     def _lane_opener(
         self, prepared: migration_pb2.PrepareResponse, open_bulk: Callable[[], grpc.Channel]
-    ) -> Callable[[int], PageLane]:
-        """Return what opens the page lane of a number."""
-        applied = self._account.meter.applied
+    ) -> Callable[[int, Callable[[int, int], None]], PageLane]:
+        """Return what opens the page lane of a number, given who is told of its acks."""
         if self._request.lane_kind != LaneKind.LANE_KIND_TCP:
-            return lambda number: GrpcLane(open_bulk, self.session_id, number, self._limiter, applied)
+            return lambda number, applied: GrpcLane(open_bulk, self.session_id, number, self._limiter, applied)
         if len(prepared.lane_tokens) != self._request.lanes:
             raise ConnectionError(f"{self._address} takes no page lanes of the kind tcp")
         host = self._address.rpartition(":")[0].strip("[]")
         port = LanePort(host, prepared.lane_port, self._host.security.lane_client)
-        return lambda number: TcpLane(port, prepared.lane_tokens[number], self._limiter, applied)
+        return lambda number, applied: TcpLane(port, prepared.lane_tokens[number], self._limiter, applied)
 
     @property
     def _streams(self) -> Streams:
@@ -257,7 +275,7 @@ class Migration:
             self._dirty = self._sync(number)
             facts = self._look(number, stats)
             decision = decide(self._account.facts, self._limits)
-            self._account.round_decided(facts, stats, decision)
+            self._account.round_decided(facts, stats, self._streams.compression, decision)
             self._check()
             if decision.action is Action.SWITCH_OVER:
                 return
@@ -277,6 +295,7 @@ class Migration:
         began = time.monotonic()
         stats = self._streams.lanes.send(pages, self._ram.data_runs(pages), number)
         self._account.round_sent(stats, time.monotonic() - began)
+        self._host.metrics.sent(stats.pages, stats.sent_bytes)
         return stats
 
     def _send_mappings(self) -> None:
@@ -288,7 +307,9 @@ class Migration:
         report = self._machine.sync()
         for source, words in report.sources.items():
             self._history.reported(number, source, words)
-            self._account.reported(source, bitmap.count(words))
+            pages = bitmap.count(words)
+            self._account.reported(source, pages)
+            self._host.metrics.dirty(source, pages)
         return report.union()
 
     def _look(self, number: int, stats: LaneStats) -> RoundFacts:
@@ -365,25 +386,33 @@ class Migration:
         began = time.monotonic()
         self._decide(handover.Event.BEGIN)
         hooks.reach("source.committing")
-        try:
-            start_ms = commit(self._stub, self.session_id, self._incarnation, self._account.say, self._ended)
-        except RevokedError:
-            self._decide(handover.Event.REVOKED)
-            raise
+        event, start_ms = self.handover.commit()
         now = time.monotonic()
+        self._decide(event)
+        self.handover.recorded()
+        match event:
+            case handover.Event.REVOKED:
+                raise RevokedError("the destination did not commit; the machine goes on here")
+            case handover.Event.DECLARED_HERE | handover.Event.DECLARED_THERE:
+                raise ResolvedError(f"an operator has declared that the {OWNERS[self._ownership]} owns the machine")
         result = self._account.result
         result.downtime.start = start_ms
         result.downtime.handover = (now - began) * 1000 - start_ms
         result.downtime_ms = (now - self._stopped_at) * 1000
         result.total_ms = (now - self._account.started_at) * 1000
-        self._decide(handover.Event.COMMITTED)
-        wait_until_started(self._stub, self.session_id, self._incarnation, self._account.say, self._ended)
+        self.handover.wait_until_started()
         self._account.say(f"the machine is at {self._address}")
 
     def _decide(self, event: handover.Event) -> None:
         state = handover.after(self._ownership, event)
         judged = self._request.verify != Verify.VERIFY_MODE_DEFERRED
-        self._machine.record(state, session_id=self.session_id, peer=self._address, judged=judged)
+        self._machine.record(
+            state,
+            session_id=self.session_id,
+            peer=self._address,
+            incarnation=handover.incarnation_after(event, self._incarnation - 1),
+            judged=judged,
+        )
         self._ownership = state
         self._account.result.owner = OWNERS[state]
 
@@ -409,7 +438,7 @@ class Migration:
 
     def _fail(self, error: Exception) -> None:
         result = self._account.result
-        # After REVOKED this host is the owner again.
+        # After REVOKED, or if an operator has said so, this host is the owner again.
         before_commit = self._ownership is Ownership.OWNER
         if before_commit and self._cancelled.is_set():
             error = CancelledError("cancelled by the operator")
@@ -420,7 +449,7 @@ class Migration:
         result.ram.transferred_bytes = max(result.ram.transferred_bytes, self._account.meter.total_bytes)
         result.reason, result.error = explain(error, self._address)
         if result.reason == "INTERNAL":
-            _log.error("migration failed", session=self.session_id, exc_info=error)
+            _log.error("migration failed", exc_info=error)
         if before_commit:
             self._abort(result.error)
         elif isinstance(error, DataLossError) and not self._request.continue_on_mismatch:
@@ -471,6 +500,9 @@ class Migration:
         self._channel.close()
         self._machine.close()
         self._account.close()
+        result = self._account.result
+        self._host.metrics.ended(result)
+        _log.info("migration ended", result=result.result, owner=result.owner, reason=result.reason, error=result.error)
 
     # What every phase uses.
 

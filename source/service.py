@@ -14,13 +14,16 @@ from common.host.service import HostServicer
 from common.machine.config import MachineSpec
 from common.machine.record import Ownership
 from common.rpc.errors import RefusalError
-from source.commit import settle
+from source.commit import Settling
+from source.handover import Event
 from source.migration import Migration
 
 __all__ = ["SourceServicer"]
 
 DEFAULT_DOWNTIME_MS = 300.0
 MAX_LANES = 16
+
+_DECLARED = {host_pb2.OWNER_HERE: Event.DECLARED_HERE, host_pb2.OWNER_THERE: Event.DECLARED_THERE}
 
 
 class SourceServicer(HostServicer):
@@ -30,15 +33,18 @@ class SourceServicer(HostServicer):
         super().__init__(host)
         self._migration: Migration | None = None
         self._thread: threading.Thread | None = None
-        self._ended = threading.Event()
+        self._settling: Settling | None = None
 
     def open_machine(self, spec: MachineSpec | None) -> str:
         """Find or start the host's machine, and finish a handover that an earlier daemon has left undecided."""
         said = self.host.open_machine(spec)
+        self._settle()
+        return said
+
+    def _settle(self) -> None:
         record = self.host.record()
         if record is not None and record.ownership is Ownership.COMMITTING:
-            settle(self.host, record, self._ended)
-        return said
+            self._settling = Settling(self.host, record)
 
     def Migrate(self, request: host_pb2.MigrateRequest, context: grpc.ServicerContext) -> host_pb2.MigrateResponse:
         """Check that the machine can leave, and start it on its way."""
@@ -50,9 +56,11 @@ class SourceServicer(HostServicer):
         request.verify = request.verify or migration_pb2.VERIFY_MODE_STRICT
         request.max_downtime_ms = request.max_downtime_ms or DEFAULT_DOWNTIME_MS
         request.lanes = request.lanes or 1
+        request.compression = request.compression or host_pb2.COMPRESSION_OFF
         request.lane_kind = request.lane_kind or migration_pb2.LANE_KIND_GRPC
         session_id = uuid4().hex
         self.host.begin_migration(session_id)
+        self._settling = None
         try:
             self._migration = Migration(self.host, request, session_id)
         except BaseException:
@@ -67,6 +75,8 @@ class SourceServicer(HostServicer):
             migration.run()
         finally:
             self.host.end_migration()
+            if not self.host.ending:
+                self._settle()
 
     def Cancel(self, request: host_pb2.CancelRequest, context: grpc.ServicerContext) -> host_pb2.CancelResponse:
         """End the migration that runs."""
@@ -79,13 +89,33 @@ class SourceServicer(HostServicer):
         migration.cancel()
         return host_pb2.CancelResponse()
 
+    def ResolveHandover(
+        self, request: host_pb2.ResolveHandoverRequest, context: grpc.ServicerContext
+    ) -> host_pb2.ResolveHandoverResponse:
+        """Decide in the place of a destination that is lost for good."""
+        event = _DECLARED.get(request.owner)
+        if event is None:
+            raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "say who owns the machine")
+        record = self.host.record()
+        asking = self._settling or self._migration
+        if record is None or record.ownership is not Ownership.COMMITTING or asking is None:
+            raise _decided("no handover is undecided here")
+        if not asking.handover.declare(event):
+            raise _decided(f"{record.peer} has just answered")
+        return host_pb2.ResolveHandoverResponse()
+
     def close(self) -> None:
         """End a migration that runs, in good order: the machine goes on here, is the destination's, or is asked for."""
-        self._ended.set()
         if self._migration is not None:
             self._migration.abandon()
         if self._thread is not None:
             self._thread.join()
+        if self._settling is not None:
+            self._settling.end()
+
+
+def _decided(message: str) -> RefusalError:
+    return RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "DECIDED", message)
 
 
 def _check(request: host_pb2.MigrateRequest) -> None:
@@ -99,5 +129,7 @@ def _check(request: host_pb2.MigrateRequest) -> None:
         wrong = "limits must be numbers, and not negative"
     elif request.lanes > MAX_LANES:
         wrong = f"at most {MAX_LANES} lanes"
+    elif request.compression not in host_pb2.Compression.values():
+        wrong = f"unknown compression {request.compression}"
     if wrong is not None:
         raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", wrong)

@@ -8,31 +8,19 @@ import threading
 from collections.abc import Callable, Sequence
 
 import grpc
-import structlog
+from switchover.v1 import host_pb2
 
 from common.host.host import Host, HostError
-from common.ipc.channel import RequestError
+from common.host.network import Network
+from common.host.operation import OnSigterm
+from common.host.service import look
+from common.ipc.channel import ClosedError, RequestError
 from common.rpc.server import Server, tune_allocator
-from common.trace import LOG_LEVEL
 
-__all__ = ["configure_logs", "fail", "serve"]
+__all__ = ["fail", "serve"]
 
 GRACE_SECONDS = 2.0
-
-
-def configure_logs() -> None:
-    """Log to standard error, so that standard output stays for what the user asked."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(LOG_LEVEL),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+BUSY_SECONDS = 0.05
 
 
 def fail(message: str, code: int = 1) -> int:
@@ -43,24 +31,30 @@ def fail(message: str, code: int = 1) -> int:
 
 def serve(
     host: Host,
-    listen: str,
+    network: Network,
     register: Callable[[grpc.Server], None],
     services: Sequence[str],
     *,
     opening: Callable[[], str],
     closing: Callable[[], None] = lambda: None,
+    busy: Callable[[], bool] = lambda: False,
+    on_sigterm: OnSigterm = OnSigterm.ABORT,
 ) -> int:
     """Serve until SIGINT or SIGTERM; return the process's exit code.
 
     `opening` runs once the port is ours and returns what to say about the machine; `closing` runs at the end, before
-    calls are cut off. The machine goes on either way.
+    calls are cut off, and ends a migration that runs. To finish it means to wait first, as long as the daemon is `busy`
+    or until a second signal. The machine goes on either way.
     """
-    ended = threading.Event()
+    told = [threading.Event(), threading.Event()]
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, lambda *_: told[told[0].is_set()].set())
     tune_allocator()
     try:
-        server = Server(listen, register, services, host.security.server, host.security.access)
+        scraped_at = None
+        if network.metrics is not None:
+            scraped_at = host.metrics.serve(network.metrics, network.tls, lambda: _look(host))
+        server = Server(network.listen, register, services, host.security.server, host.security.access)
     except OSError as error:
         return fail(str(error))
     try:
@@ -69,7 +63,14 @@ def serve(
         server.start()
         print(f"switchover {host.role}: listening on {server.address}", flush=True)
         print(f"switchover {host.role}: {said}", flush=True)
-        ended.wait()
+        if scraped_at is not None:
+            print(f"switchover {host.role}: metrics on {scraped_at}", flush=True)
+        told[0].wait()
+        host.ending = True
+        if on_sigterm is OnSigterm.FINISH and busy():
+            print(f"switchover {host.role}: ends after the migration; a second signal aborts it", flush=True)
+            while busy() and not told[1].wait(BUSY_SECONDS):
+                pass
         closing()
         if host.machine is not None:
             print(f"switchover {host.role}: the machine goes on", flush=True)
@@ -79,3 +80,10 @@ def serve(
         server.stop(GRACE_SECONDS)
         host.close()
     return 0
+
+
+def _look(host: Host) -> host_pb2.GetMachineResponse:
+    try:
+        return look(host)
+    except (ClosedError, RequestError):
+        return host_pb2.GetMachineResponse(role=host.role)  # its machine has just ended

@@ -17,7 +17,9 @@ import structlog
 from switchover.v1 import host_pb2
 
 from common.host.events import Events
+from common.host.metrics import Metrics
 from common.host.network import Security
+from common.host.ownership import ARRIVED, COMMITTED, REVOKED, Opening, decision_of, is_new, opening, why_kept
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import MachineClient
@@ -27,10 +29,7 @@ from common.machine.launch import launch
 from common.machine.record import Ownership, Record
 from common.rpc.errors import RefusalError
 
-__all__ = ["ARRIVED", "COMMITTED", "REVOKED", "Host", "HostError", "default_state_dir"]
-
-COMMITTED, REVOKED = "COMMITTED", "REVOKED"
-ARRIVED = (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF)
+__all__ = ["Host", "HostError", "default_state_dir"]
 
 PLAIN = Security()
 
@@ -82,8 +81,10 @@ class Host:
             self._lock_file.close()
             raise HostError(f"{self.directory} is in use by another daemon; choose another --state-dir") from None
         self.events = Events()
+        self.metrics = Metrics()
         self.machine: MachineClient | None = None
         self.session_id = ""
+        self.ending = False  # no more migrations begin
         self._migrating = threading.Lock()
 
     @property
@@ -108,19 +109,20 @@ class Host:
         shutil.rmtree(self.directory / "run" / session_id, ignore_errors=True)
 
     def decide(self, session_id: str, decision: str) -> None:
-        """Make it durable, for as long as this host exists, how a session that came here ended."""
+        """Make it durable, for as long as this host exists, how a session that came here ended; OPEN: it has come."""
         directory = self.directory / "decisions"
         directory.mkdir(exist_ok=True, mode=0o700)
         record.write_durably(directory / session_id, decision)
 
     def decision(self, session_id: str) -> str | None:
-        """Return how a session ended: COMMITTED, REVOKED, or None if that is open, or no such session came.
+        """Return how a session ended: COMMITTED, REVOKED, or None if that is open, or no such session came."""
+        return decision_of(self.record(), session_id, self._noted(session_id))
 
-        A COMMIT is decided by the record already; its own file is written later, for when the record has moved on.
-        """
-        known = self.record()
-        if known is not None and known.session_id == session_id and known.ownership in ARRIVED:
-            return COMMITTED
+    def is_new(self, session_id: str) -> bool:
+        """Return whether a session has never come here."""
+        return is_new(self.record(), session_id, self._noted(session_id))
+
+    def _noted(self, session_id: str) -> str | None:
         try:
             return (self.directory / "decisions" / session_id).read_text()
         except FileNotFoundError:
@@ -129,37 +131,42 @@ class Host:
     def open_machine(self, spec: MachineSpec | None) -> str:
         """Find the machine that runs here, or start the one described; return a sentence that says which.
 
-        The record is read first: a machine that has moved away is never started a second time here, and one whose
-        handover is not decided stands still until it is.
+        The record is read first (`common.host.ownership.opening`): a machine that has moved away is never started a
+        second time here, and one whose handover is not decided stands still until it is.
         """
         known = self.record()
-        if known is None:
-            return self._boot(spec, 1) if spec is not None else "no machine"
-        machine = self._find(known)
-        if machine is None:
-            return self._without_process(known, spec)
-        if known.ownership is Ownership.RELEASED:
+        described = spec.name if spec is not None else None
+        left_to = self._left_to(described)
+        machine = self._find(known) if known is not None else None
+        action = opening(known, runs=machine is not None, described=described, left=left_to is not None)
+        if machine is not None and action is Opening.END:
             machine.shutdown()  # the daemon ended before it did
-            return self._without_process(known, spec)
+            machine = None
+            action = opening(known, runs=False, described=described, left=left_to is not None)
+        if action is Opening.NONE and left_to is not None and (known is None or known.name != described):
+            return f"machine {described} is not started: it has moved to {left_to} ({self._left_path(described)})"
+        if known is None or machine is None:
+            return self._without_process(known, spec, action)
         if spec is not None and spec.name != known.name:
             machine.close()
             name = known.name
             raise HostError(f"{self.directory} holds machine {name}, not {spec.name}; choose another --state-dir")
         self.machine = machine
         self.tell_states(machine)
-        match known.ownership:
-            case Ownership.GONE:
-                return f"machine {known.name} has moved to {known.peer}; its copy here is kept"
-            case Ownership.COMMITTING:
-                return f"machine {known.name} found; whether it is at {known.peer} now is being asked"
-            case Ownership.COMMITTED | Ownership.STARTING:
-                # It was committed to this host, so it is ours: what the last daemon did not come to do is done now.
-                self.decide(known.session_id, COMMITTED)
-                try:
-                    machine.take_over()
-                except RequestError as error:
-                    return f"machine {known.name} is this host's, and does not run: {error}"
-                machine.record(Ownership.OWNER, session_id=known.session_id)
+        if action is Opening.ASK:
+            return f"machine {known.name} found; whether it is at {known.peer} now is being asked"
+        if known.ownership is Ownership.GONE:
+            return f"machine {known.name} has moved to {known.peer}; its copy here is kept"
+        if action is Opening.TAKE_OVER:
+            # What the last daemon did not come to do is done now.
+            self.decide(known.session_id, COMMITTED)
+            try:
+                machine.take_over()
+            except RequestError as error:
+                return f"machine {known.name} is this host's, and does not run: {error}"
+            machine.record(Ownership.OWNER, session_id=known.session_id)
+        else:
+            machine.end()  # the last daemon may have ended between a decision and what follows from it
         return f"machine {known.name} found {machine.describe().state}"
 
     def _find(self, known: Record) -> MachineClient | None:
@@ -168,47 +175,95 @@ class Host:
         except OSError:
             return None
 
-    def _without_process(self, known: Record, spec: MachineSpec | None) -> str:
-        """Say what became of a machine whose process is not there; start the one described if that is possible."""
-        match known.ownership:
-            case Ownership.OWNER | Ownership.OFF:
-                if spec is not None:
-                    return self._boot(spec, known.incarnation + 1)
-                return f"machine {known.name} was switched off"
-            case Ownership.GONE | Ownership.RELEASED:
-                if spec is not None and spec.name != known.name:
-                    return self._boot(spec, 1)
-                return f"machine {known.name} is not started: it has moved to {known.peer}"
-            case Ownership.COMMITTED:
-                # Nothing of it has left STOP here, so it may still go on at its source: this decides it.
-                self.decide(known.session_id, REVOKED)
-                self.record_path.unlink()
+    def _without_process(self, known: Record | None, spec: MachineSpec | None, action: Opening) -> str:
+        """Start the machine described if that is the action; else say what became of the one that was here."""
+        if spec is not None and action is Opening.BOOT:
+            same = known is not None and known.ownership not in (Ownership.GONE, Ownership.RELEASED)
+            return self._boot(spec, known.incarnation + 1 if known is not None and same else 1)
+        if known is None:
+            return "no machine"
+        match action:
+            case Opening.GIVE_BACK:
+                self.give_back(known.session_id)
                 return f"machine {known.name} was lost before it was started here; it goes on at its source"
-            case Ownership.STARTING:
+            case Opening.LOST:
+                # Whatever is recorded here later: its source must not believe that it never ran here.
+                self.decide(known.session_id, COMMITTED)
                 return f"machine {known.name} was lost while it was started here: its process has ended"
-            case Ownership.COMMITTING:
+            case Opening.ASK:
                 return f"machine {known.name} was lost here; whether it is at {known.peer} now is being asked"
+        match known.ownership:
+            case Ownership.GONE | Ownership.RELEASED:
+                return f"machine {known.name} is not started: it has moved to {known.peer}"
+            case Ownership.FORGOTTEN:
+                return f"machine {known.name} was forgotten"
+        return f"machine {known.name} was switched off"
 
     def arrival_failure(self, session_id: str) -> str:
         """Return why the machine that a session has brought does not run here; empty: it does, or moved on."""
         known = self.record()
         if known is None or known.session_id != session_id or known.ownership not in ARRIVED:
             return ""
+        if known.ownership is Ownership.FORGOTTEN:
+            return "what was left of it was forgotten"
         if self.machine is None:
             return "" if known.ownership is Ownership.OFF else "its process has ended"
         return str(self.machine.describe().failure)
 
     def release(self, ownership: Ownership) -> None:
-        """Record that the machine is not needed here any more (RELEASED or OFF), and let it go."""
+        """Record that the machine is not needed here any more (RELEASED, OFF or FORGOTTEN), and let it go."""
         known = self.record()
         if known is not None:
-            record.write(self.record_path, replace(known, ownership=ownership))
+            if ownership is not Ownership.RELEASED:
+                self._left_path(known.name).unlink(missing_ok=True)  # it has come back since
+            # A session that has left from here is not taken for one that came.
+            session_id = known.session_id if ownership is Ownership.RELEASED or known.ownership in ARRIVED else ""
+            record.write(self.record_path, replace(known, ownership=ownership, session_id=session_id))
         machine, self.machine = self.machine, None
         if machine is not None:
             machine.shutdown()
             shutil.rmtree(machine.directory, ignore_errors=True)
 
+    def set_aside(self) -> None:
+        """Note of a machine that has left where it went, before another machine's record takes the place of its own."""
+        known = self.record()
+        if known is not None and known.ownership in (Ownership.GONE, Ownership.RELEASED):
+            self._left_path(known.name).parent.mkdir(exist_ok=True, mode=0o700)
+            record.write_durably(self._left_path(known.name), known.peer)
+
+    def _left_path(self, name: str | None) -> Path:
+        return self.directory / "left" / f"{name}"
+
+    def _left_to(self, name: str | None) -> str | None:
+        """Return where a machine went that has left before the one in the record came; None: it has not."""
+        try:
+            return self._left_path(name).read_text() if name is not None else None
+        except FileNotFoundError:
+            return None
+
+    def give_back(self, session_id: str) -> None:
+        """Revoke the session of a machine that was committed to this host, and of which nothing has run, or is left."""
+        self.decide(session_id, REVOKED)
+        self.record_path.unlink()
+        self.machine = None
+
+    def forget(self) -> None:
+        """Let go of a machine that this host does not own, or that has failed, as if it had never been here.
+
+        Refuse the call if it is still needed, or if nothing is kept.
+        """
+        known = self.record()
+        try:
+            state = self.machine.describe().state if self.machine is not None else None
+        except ClosedError:
+            state = None
+        reason = why_kept(known, state=state)
+        if known is None or reason is not None:
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_FORGOTTEN", f"not forgotten: {reason}")
+        self.release(Ownership.FORGOTTEN)
+
     def _boot(self, spec: MachineSpec, incarnation: int) -> str:
+        self.set_aside()
         uuid = spec.uuid or str(uuid4())
         directory = self.run_directory("boot")
         self.machine = launch(replace(spec, uuid=uuid), directory, self.record_path, incarnation=incarnation)
@@ -252,7 +307,9 @@ class Host:
         return self._migrating.locked()
 
     def begin_migration(self, session_id: str) -> None:
-        """Claim this host for one migration; refuse if one runs."""
+        """Claim this host for one migration; refuse if one runs, or the daemon is about to end."""
+        if self.ending:
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "ENDING", "this daemon has been told to end")
         if not self._migrating.acquire(blocking=False):
             raise RefusalError(
                 grpc.StatusCode.ABORTED, "MIGRATION_RUNS", f"migration {self.session_id} runs here already"

@@ -34,6 +34,7 @@ class Security:
 class Network:
     """The operator's word on it: a directory as `common.rpc.tls` reads, and whose certificates may do what.
 
+    `metrics` is where Prometheus may ask, None: nowhere.
     `lane_port` is for page lanes of the kind tcp, on the host of `listen`; 0: any.
     """
 
@@ -41,6 +42,7 @@ class Network:
     tls: Path | None = None
     insecure: bool = False
     access: Access = ANYBODY
+    metrics: str | None = None
     lane_port: int = 0
 
     @property
@@ -62,6 +64,8 @@ class Network:
             )
         if self.access != ANYBODY:
             raise TlsError("--allow-source and --allow-operator are names of certificates: give --tls DIRECTORY too")
+        if self.metrics is not None and _is_reached_by_others(self.metrics) and not self.insecure:
+            raise TlsError(f"{self.metrics} can be reached from other hosts: give --tls DIRECTORY, or say --insecure")
         if _is_reached_by_others(self.listen):
             if not self.insecure:
                 raise TlsError(

@@ -12,9 +12,26 @@ from common.ipc.channel import RequestError
 from common.machine.record import Ownership
 from common.rpc.errors import RefusalError
 
-__all__ = ["VERSION", "HostServicer"]
+__all__ = ["VERSION", "HostServicer", "look"]
 
 VERSION = "0.1.0"
+
+
+def look(host: Host) -> host_pb2.GetMachineResponse:
+    """Describe a daemon and its machine."""
+    machine = host.machine
+    record = host.record()
+    gone = record is not None and record.ownership in (Ownership.GONE, Ownership.RELEASED)
+    return host_pb2.GetMachineResponse(
+        role=host.role,
+        version=VERSION,
+        machine=machine.describe() if machine is not None else None,
+        session_id=host.session_id,
+        migrating=host.migrating,
+        gone_to=record.peer if gone and record is not None and not host.migrating else "",
+        ownership=record.ownership if record is not None else "",
+        peer=record.peer if record is not None else "",
+    )
 
 
 class HostServicer(host_pb2_grpc.HostServiceServicer):
@@ -27,18 +44,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         self, request: host_pb2.GetMachineRequest, context: grpc.ServicerContext
     ) -> host_pb2.GetMachineResponse:
         """Describe daemon and machine."""
-        host = self.host
-        machine = host.machine
-        record = host.record()
-        gone = record is not None and record.ownership in (Ownership.GONE, Ownership.RELEASED)
-        return host_pb2.GetMachineResponse(
-            role=host.role,
-            version=VERSION,
-            machine=machine.describe() if machine is not None else None,
-            session_id=host.session_id,
-            migrating=host.migrating,
-            gone_to=record.peer if gone and record is not None and not host.migrating else "",
-        )
+        return look(self.host)
 
     def Migrate(self, request: host_pb2.MigrateRequest, context: grpc.ServicerContext) -> host_pb2.MigrateResponse:
         """Refuse: only a source moves machines away."""
@@ -48,11 +54,17 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         """Refuse: a migration is cancelled where it started."""
         raise self._not_a_source()
 
+    def ResolveHandover(
+        self, request: host_pb2.ResolveHandoverRequest, context: grpc.ServicerContext
+    ) -> host_pb2.ResolveHandoverResponse:
+        """Refuse: it is at the source that a machine waits for a decision."""
+        raise self._not_a_source()
+
     def _not_a_source(self) -> RefusalError:
         return RefusalError(
             grpc.StatusCode.FAILED_PRECONDITION,
             "NOT_A_SOURCE",
-            f"this daemon is a {self.host.role}; migrations start and are cancelled at a source or host",
+            f"this daemon is a {self.host.role}; migrations start, and are cancelled or resolved, at a source or host",
         )
 
     def Pause(self, request: host_pb2.PauseRequest, context: grpc.ServicerContext) -> host_pb2.PauseResponse:
@@ -87,6 +99,13 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
             self.host.release(Ownership.RELEASED if gone else Ownership.OFF)
         self.host.events.publish(machine_state="off")
         return host_pb2.StopMachineResponse()
+
+    def Forget(self, request: host_pb2.ForgetRequest, context: grpc.ServicerContext) -> host_pb2.ForgetResponse:
+        """Let go of what is kept here."""
+        with self.host.not_migrating():
+            self.host.forget()
+        self.host.events.publish(machine_state="forgotten")
+        return host_pb2.ForgetResponse()
 
     def WatchEvents(
         self, request: host_pb2.WatchEventsRequest, context: grpc.ServicerContext

@@ -8,13 +8,11 @@ import signal
 import sys
 from pathlib import Path
 
-import structlog
-
+from common.logs import configure_logs
 from common.machine.config import from_json
 from common.machine.fields import ConfigError
 from common.machine.machine import Machine
 from common.machine.service import MachineService
-from common.trace import LOG_LEVEL
 
 DESCRIPTORS = 8192  # enough for as many devices as there may be, with their sockets, interrupts and doorbells
 
@@ -29,7 +27,7 @@ def main() -> int:
     arguments = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, DESCRIPTORS), most))
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LOG_LEVEL))
+    configure_logs()
     try:
         spec = from_json((arguments.directory / "machine.json").read_bytes())
         machine = Machine(spec, arguments.directory, incoming=arguments.incoming)
@@ -37,6 +35,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     service = MachineService(machine, arguments.directory, arguments.record, arguments.incarnation)
+    configure_logs(session=lambda: service.session_id)
     signal.signal(signal.SIGTERM, lambda *_: service.ended.set())
     service.run()
     machine.close()

@@ -155,6 +155,14 @@ class MachineClient:
         """Open another connection to the same machine."""
         return MachineClient.connect(self.directory)
 
+    def has_ended(self) -> bool:
+        """Return whether there is no machine process any more; that a connection has closed does not tell."""
+        try:
+            self.another().close()
+        except OSError:
+            return True
+        return False
+
     def close(self) -> None:
         """Close the connection."""
         self._client.close()

@@ -25,6 +25,7 @@ class Ownership(StrEnum):
     COMMITTED = "COMMITTED"  #: this host, by a COMMIT; nothing has left STOP yet
     STARTING = "STARTING"  #: this host; devices may have left STOP
     OFF = "OFF"  #: nobody: its operator has ended it here
+    FORGOTTEN = "FORGOTTEN"  #: not this host: its operator has let go of what was kept of it here
 
 
 @dataclass(frozen=True, slots=True)

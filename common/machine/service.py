@@ -46,6 +46,7 @@ class MachineService:
         self.arriving = Arriving(machine)
         self.committed = False
         self.incarnation = incarnation
+        self.session_id = ""  # of the migration that runs
         self._state_before = machine.state
         self._directory = directory
         self._record_path = record_path
@@ -83,16 +84,18 @@ class MachineService:
             if connection.holds_migration:
                 self.release()
 
-    def begin(self) -> bool:
+    def begin(self, session_id: str) -> bool:
         """Begin a migration; return whether the machine runs."""
         with self._lock:
             if self.machine.state == "incoming":
+                self.session_id = session_id
                 return False
             if self.leaving is not None:
                 raise RequestError("EBUSY", "a migration runs")
             if self.machine.state not in ("running", "paused"):
                 raise RequestError("EINVAL", f"the machine has {self.machine.state}")
             self.leaving = Leaving(self.machine)
+            self.session_id = session_id
             return self.leaving.running
 
     def release(self) -> None:
@@ -108,6 +111,7 @@ class MachineService:
                     leaving.end()
                 except OSError as error:
                     self.machine.fail(f"it could not go on after a migration that has ended: {error}")
+                self.session_id = ""
 
     def record(self, ownership: Ownership, session_id: str, peer: str, incarnation: int, *, judged: bool) -> None:
         """Write a decision down, and act on it: a machine that is gone is not started again."""
@@ -127,6 +131,8 @@ class MachineService:
             ),
         )
         self.committed = ownership is not Ownership.OWNER
+        if ownership is Ownership.OWNER and self.leaving is None:
+            self.session_id = ""
         self.machine.arrives = False
         if ownership is Ownership.COMMITTING:
             self._state_before, self.machine.state = self.machine.state, "handing over"
@@ -235,8 +241,8 @@ class _Connection:
 
     # Leaving.
 
-    def begin(self, _: Message) -> dict[str, Any]:
-        running = self._service.begin()
+    def begin(self, request: Message) -> dict[str, Any]:
+        running = self._service.begin(request["session_id"])
         self.holds_migration = True
         return {"running": running}
 

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common.ipc.channel import ClosedError, RequestError
+from common.logs import leave_session
 from common.rpc.access import ANYBODY, Access, is_allowed, names_of
 from common.rpc.channel import BULK_OPTIONS
 from common.rpc.errors import RefusalError, status_of
@@ -176,6 +177,7 @@ def _guard_stream(
 
 
 def _check(method: str, context: grpc.ServicerContext, access: Access) -> None:
+    leave_session()  # that of this thread's last call
     names = names_of(cast("Mapping[str, Iterable[bytes]]", context.auth_context()))  # its stub is wrong
     if not is_allowed(method, names, access):
         who = ", ".join(sorted(names)) or "a caller without a name"

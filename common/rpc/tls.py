@@ -23,8 +23,18 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cryptography.x509 import Certificate, ExtendedKeyUsage, ExtensionNotFound, load_pem_x509_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-__all__ = ["TlsError", "channel_credentials", "client_context", "server_context", "server_credentials"]
+__all__ = [
+    "CA_CERTIFICATE",
+    "SERVER_CERTIFICATE",
+    "SERVER_KEY",
+    "TlsError",
+    "channel_credentials",
+    "client_context",
+    "server_context",
+    "server_credentials",
+]
 
+CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY = "ca-cert.pem", "server-cert.pem", "server-key.pem"
 
 _USAGES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 
@@ -73,7 +83,7 @@ def _context(directory: Path, side: str) -> ssl.SSLContext:
 def _authorities(directory: Path) -> list[Certificate]:
     if not directory.is_dir():
         raise TlsError(f"{directory}: not a directory; it should hold ca-cert.pem and others (switchover certs)")
-    path = directory / "ca-cert.pem"
+    path = directory / CA_CERTIFICATE
     authorities = _certificates(path)
     for certificate in authorities:
         _check_dates(path, certificate)

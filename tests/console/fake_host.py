@@ -86,6 +86,7 @@ class FakeHost(HostServiceServicer):
         self.requests: list[Any] = []
         self.cancelled = threading.Event()
         self.machine: pb.Machine | None = pb.Machine(name="m", uuid="u", state="running", ram_bytes=64 << 20)
+        self.ownership = "OWNER"
         self.refusal: RefusalError | None = None
 
     def _note(self, request: Any, context: grpc.ServicerContext) -> None:
@@ -95,7 +96,9 @@ class FakeHost(HostServiceServicer):
 
     def GetMachine(self, request: pb.GetMachineRequest, context: grpc.ServicerContext) -> pb.GetMachineResponse:  # noqa: N802
         self._note(request, context)
-        return pb.GetMachineResponse(role="host", version="9", machine=self.machine)
+        return pb.GetMachineResponse(
+            role="host", version="9", machine=self.machine, ownership=self.ownership, peer="b:1"
+        )
 
     def Migrate(self, request: pb.MigrateRequest, context: grpc.ServicerContext) -> pb.MigrateResponse:  # noqa: N802
         self._note(request, context)
@@ -117,6 +120,16 @@ class FakeHost(HostServiceServicer):
     def StopMachine(self, request: pb.StopMachineRequest, context: grpc.ServicerContext) -> pb.StopMachineResponse:  # noqa: N802
         self._note(request, context)
         return pb.StopMachineResponse()
+
+    def ResolveHandover(  # noqa: N802
+        self, request: pb.ResolveHandoverRequest, context: grpc.ServicerContext
+    ) -> pb.ResolveHandoverResponse:
+        self._note(request, context)
+        return pb.ResolveHandoverResponse()
+
+    def Forget(self, request: pb.ForgetRequest, context: grpc.ServicerContext) -> pb.ForgetResponse:  # noqa: N802
+        self._note(request, context)
+        return pb.ForgetResponse()
 
     def WatchEvents(  # noqa: N802
         self, request: pb.WatchEventsRequest, context: grpc.ServicerContext

@@ -19,9 +19,9 @@ import pytest
 from switchover.v1 import host_pb2
 from switchover.v1 import migration_pb2 as pb
 
-from common.host.host import COMMITTED as DECIDED_COMMITTED
-from common.host.host import REVOKED as DECIDED_REVOKED
 from common.host.host import Host
+from common.host.ownership import COMMITTED as DECIDED_COMMITTED
+from common.host.ownership import REVOKED as DECIDED_REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import Changes, DeviceConfig, DeviceInfo, MachineClient, MappingChange
@@ -31,6 +31,7 @@ from common.machine.record import Ownership, Record
 from common.memory.layout import CHUNK_PAGES, PAGE_SIZE
 from common.memory.pages import Encoding, PageBatch
 from common.memory.ram import GuestRam
+from common.rpc import versions
 from common.rpc.errors import RefusalError
 from common.rpc.lane_frame import (
     HEADER_SIZE,
@@ -326,7 +327,7 @@ def test_prepare_builds_a_machine_that_waits(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"protocol_version": 2}, "PROTOCOL_VERSION: the source speaks protocol 2, this destination 1"),
+        ({"protocol_version": 2}, "PROTOCOL_VERSION: the source speaks protocol 2 to 2, this destination 1 to 1"),
         ({"protocol_version": 0}, "PROTOCOL_VERSION"),
         ({"session_id": ""}, "BAD_REQUEST: the session's name"),
         ({"session_id": "../evil"}, "BAD_REQUEST: the session's name"),
@@ -746,6 +747,22 @@ def test_nothing_is_compared_once_its_machine_has_settled(rig: Rig) -> None:
     assert verifier.calls == ["read_all", "close"]
 
 
+# versions
+
+
+def test_a_source_of_before_there_were_ranges_and_features(rig: Rig) -> None:
+    """It names one version and nothing else, and is answered in fields that it knows."""
+    answer = rig.prepare()
+    assert (answer.protocol_version, list(answer.features)) == (1, [])
+
+
+def test_the_highest_version_and_the_features_that_both_have(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "HIGHEST", 3)
+    monkeypatch.setattr(versions, "FEATURES", frozenset({"b", "c", "d"}))
+    answer = rig.prepare(protocol_version=1, highest_protocol_version=4, features=["d", "a", "b"])
+    assert (answer.protocol_version, list(answer.features)) == (3, ["b", "d"])
+
+
 # handover
 
 
@@ -829,6 +846,27 @@ def test_a_machine_that_is_ours_and_does_not_start_is_said_to(rig: Rig) -> None:
     rig.machine.refuses = set()
     assert rig.commit().state == STARTING and not rig.machine.did("take_over")
     assert refused(rig.abort).startswith("COMMITTED")
+
+
+def test_a_machine_that_is_lost_unstarted_is_given_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process ends between COMMITTED and STARTING: the source is told, and goes on; the next machine may come."""
+    rig.ready()
+    record_ = rig.machine.record
+
+    def dies(ownership: Ownership, **named: Any) -> None:
+        if ownership is Ownership.STARTING:
+            monkeypatch.setattr(rig.machine, "has_ended", lambda: True, raising=False)
+            raise ClosedError
+        record_(ownership, **named)
+        known = Record(UUID, "vm", INCARNATION, ownership, str(rig.machine.directory), SESSION)
+        record.write(rig.host.record_path, known)
+
+    monkeypatch.setattr(rig.machine, "record", dies, raising=False)
+    assert refused(rig.commit).startswith("NOT_STARTED")
+    assert rig.state() == REVOKED and rig.resolve() == REVOKED
+    assert refused(rig.commit).startswith("NOT_READY")
+    assert (rig.host.record(), rig.host.machine, rig.host.migrating) == (None, None, False)
+    assert rig.host.decision(SESSION) == DECIDED_REVOKED
 
 
 def test_a_start_that_was_not_begun_is_begun_by_the_next_commit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

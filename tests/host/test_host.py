@@ -15,7 +15,9 @@ from switchover.v1 import host_pb2
 
 from common.host import daemon
 from common.host import host as host_module
-from common.host.host import COMMITTED, REVOKED, Host, HostError, default_state_dir
+from common.host.host import Host, HostError, default_state_dir
+from common.host.network import Network
+from common.host.ownership import COMMITTED, OPEN, REVOKED, why_kept
 from common.host.service import HostServicer
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
@@ -209,7 +211,7 @@ def test_what_devices_do_is_told_until_the_machine_ends(
 def test_a_machine_that_runs_is_found_again(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
     known(host, Ownership.OWNER)
     assert host.open_machine(spec) == "machine vm found running"
-    assert machine.told == []
+    assert machine.told == ["end"]
 
 
 @pytest.mark.parametrize("described", [False, True])
@@ -217,7 +219,6 @@ def test_a_machine_that_runs_is_found_again(host: Host, spec: MachineSpec, machi
     ("ownership", "said"),
     [
         (Ownership.OWNER, "machine vm found running"),
-        (Ownership.OFF, "machine vm found running"),
         (Ownership.COMMITTING, "machine vm found; whether it is at b:1 now is being asked"),
         (Ownership.GONE, "machine vm has moved to b:1; its copy here is kept"),
     ],
@@ -229,7 +230,7 @@ def test_a_machine_that_is_there_is_held_and_left_as_it_is(
     known(host, ownership)
     before = host.record()
     assert host.open_machine(spec if described else None) == said
-    assert machine.told == [] and host.record() == before
+    assert machine.told == (["end"] if ownership is Ownership.OWNER else []) and host.record() == before
     assert cast("FakeMachine", host.require_machine()) is machine
 
 
@@ -237,6 +238,16 @@ def test_a_machine_that_was_released_is_let_go(host: Host, spec: MachineSpec, ma
     """The last daemon ended before the process did. Whoever may answer there is not ours any more."""
     known(host, Ownership.RELEASED)
     assert host.open_machine(spec) == "machine vm is not started: it has moved to b:1"
+    assert machine.told == ["shutdown"] and host.machine is None
+
+
+@pytest.mark.parametrize(
+    ("ownership", "said"), [(Ownership.OFF, "was switched off"), (Ownership.FORGOTTEN, "was forgotten")]
+)
+def test_a_machine_that_was_ended_is_ended(host: Host, machine: FakeMachine, ownership: Ownership, said: str) -> None:
+    """Likewise."""
+    known(host, ownership)
+    assert host.open_machine(None) == f"machine vm {said}"
     assert machine.told == ["shutdown"] and host.machine is None
 
 
@@ -268,6 +279,25 @@ def test_a_host_that_a_machine_has_left_starts_another(
     known(host, ownership, name="other")
     assert host.open_machine(spec) == "machine vm started"
     assert lost.told == ["launched vm 1", "record OWNER", "resume"]
+
+
+@pytest.mark.parametrize("ownership", [None, *Ownership])
+def test_a_machine_that_has_left_is_not_started_whoever_was_here_since(
+    host: Host, spec: MachineSpec, lost: FakeMachine, ownership: Ownership | None
+) -> None:
+    known(host, Ownership.GONE)
+    host.set_aside()
+    if ownership is None:
+        host.record_path.unlink()
+    else:
+        known(host, ownership, name="other", peer="c:1")
+    host.open_machine(spec)
+    assert host.machine is None and lost.told == []
+    # It came back, and was ended here: now it may be started.
+    known(host, Ownership.OWNER)
+    host.release(Ownership.OFF)
+    known(host, Ownership.OFF, name="other")
+    assert host.open_machine(spec) == "machine vm started"
 
 
 @pytest.mark.parametrize("described", [False, True])
@@ -314,19 +344,23 @@ def test_a_lost_machine_is_revoked_before_its_record_is_removed(
     assert host.decision("5e55") == COMMITTED
 
 
-@pytest.mark.parametrize("ownership", [Ownership.OWNER, Ownership.OFF])
+@pytest.mark.parametrize("ownership", [Ownership.OWNER, Ownership.OFF, Ownership.FORGOTTEN])
 def test_a_machine_that_was_switched_off_is_started_if_described(
     host: Host, spec: MachineSpec, lost: FakeMachine, ownership: Ownership
 ) -> None:
     """As a later incarnation: what it was before must not come back."""
     known(host, ownership)
-    assert host.open_machine(None) == "machine vm was switched off"
+    said = "forgotten" if ownership is Ownership.FORGOTTEN else "switched off"
+    assert host.open_machine(None) == f"machine vm was {said}"
     assert host.machine is None and lost.told == []
     assert host.open_machine(spec) == "machine vm started"
     assert lost.told == ["launched vm 4", "record OWNER", "resume"]
 
 
-@pytest.mark.parametrize("ownership", [each for each in Ownership if each is not Ownership.RELEASED])
+ENDED = (Ownership.RELEASED, Ownership.OFF, Ownership.FORGOTTEN)
+
+
+@pytest.mark.parametrize("ownership", [each for each in Ownership if each not in ENDED])
 def test_another_machine_is_not_taken_for_the_one_described(
     host: Host, spec: MachineSpec, machine: FakeMachine, ownership: Ownership
 ) -> None:
@@ -347,6 +381,8 @@ def test_a_machine_that_is_released_leaves_only_its_record(host: Host, ownership
     assert fake.told == ["shutdown"] and host.machine is None and not fake.directory.exists()
     found = host.record()
     assert found is not None and (found.ownership, found.incarnation, found.peer) == (ownership, 3, "b:1")
+    # It left in this session, and has not come here in it.
+    assert host.decision("5e55") is None
 
 
 def test_a_machine_is_released_on_disk_before_its_process_ends(host: Host) -> None:
@@ -370,6 +406,9 @@ def test_whether_what_has_arrived_runs(host: Host, machine: FakeMachine, ownersh
     assert host.arrival_failure("5e55") == ""
     known(host, ownership)
     arrived = ownership in (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER)
+    if ownership is Ownership.FORGOTTEN:
+        assert host.arrival_failure("5e55") == "what was left of it was forgotten"
+        return
     assert host.arrival_failure("5e55") == ("its process has ended" if arrived else "")
     host.adopt(cast("MachineClient", machine))
     assert host.arrival_failure("5e55") == ""
@@ -393,11 +432,26 @@ def test_decisions_are_remembered(host: Host) -> None:
     assert (host.decision("5e55"), host.decision("0c0"), host.decision("a")) == (REVOKED, COMMITTED, None)
 
 
+def test_a_session_comes_once(host: Host) -> None:
+    assert host.is_new("5e55")
+    host.decide("5e55", OPEN)
+    assert not host.is_new("5e55") and host.decision("5e55") is None
+    known(host, Ownership.OWNER, session_id="0c0")
+    assert not host.is_new("0c0") and host.is_new("a")
+
+
+def test_what_was_committed_and_lost_unstarted_is_given_back(host: Host, machine: FakeMachine) -> None:
+    known(host, Ownership.COMMITTED)
+    host.adopt(cast("MachineClient", machine))
+    host.give_back("5e55")
+    assert (host.machine, host.record(), host.decision("5e55")) == (None, None, REVOKED)
+
+
 @pytest.mark.parametrize("ownership", Ownership)
 def test_what_the_record_says_of_a_session_that_came_here(host: Host, ownership: Ownership) -> None:
     """COMMITTING, GONE and RELEASED are of a session that leaves."""
     known(host, ownership)
-    arrived = ownership in (Ownership.COMMITTED, Ownership.STARTING, Ownership.OWNER, Ownership.OFF)
+    arrived = ownership not in (Ownership.COMMITTING, Ownership.GONE, Ownership.RELEASED)
     assert host.decision("5e55") == (COMMITTED if arrived else None)
     assert host.decision("another") is None
 
@@ -499,7 +553,53 @@ def test_to_stop_a_machine_that_has_moved_does_not_switch_it_off(host: Host) -> 
     assert found is not None and found.ownership is Ownership.RELEASED
 
 
-@pytest.mark.parametrize("name", ["Migrate", "Cancel"])
+KEPT = [
+    (None, None, "nothing is kept here"),
+    (Ownership.OFF, None, "nothing is kept here"),
+    (Ownership.FORGOTTEN, None, "nothing is kept here"),
+    (Ownership.COMMITTING, "handing over", "who owns it is not decided: switchover resolve"),
+    (Ownership.COMMITTING, None, "who owns it is not decided: switchover resolve"),
+    (Ownership.OWNER, "running", "it is this host's, and running: switchover stop ends it"),
+    (Ownership.OWNER, "paused", "it is this host's, and paused: switchover stop ends it"),
+    (Ownership.OWNER, "failed", None),
+    (Ownership.OWNER, None, None),
+    (Ownership.COMMITTED, "incoming", "it is this host's, and incoming: switchover stop ends it"),
+    (Ownership.STARTING, "running", "it is this host's, and running: switchover stop ends it"),
+    (Ownership.STARTING, None, None),
+    (Ownership.GONE, "moved", None),
+    (Ownership.GONE, None, None),
+    (Ownership.RELEASED, None, None),
+]
+
+
+@pytest.mark.parametrize(("ownership", "state", "reason"), KEPT)
+def test_what_may_be_forgotten(ownership: Ownership | None, state: str | None, reason: str | None) -> None:
+    record_ = None if ownership is None else Record(UUID, "vm", 3, ownership, "/run/s", "5e55", "b:1")
+    assert why_kept(record_, state=state) == reason
+
+
+def test_a_machine_that_is_forgotten_is_dropped_and_may_be_started_again(
+    host: Host, spec: MachineSpec, lost: FakeMachine, published: list[tuple[str, Any]]
+) -> None:
+    fake = FakeMachine(host.run_directory("5e55"))
+    host.adopt(cast("MachineClient", fake))
+    known(host, Ownership.OWNER)
+    with pytest.raises(RefusalError, match="not forgotten: it is this host's, and running") as refused:
+        ask(HostServicer(host), "Forget")
+    assert refused.value.reason == "NOT_FORGOTTEN" and fake.told == []
+    known(host, Ownership.GONE)
+    host.begin_migration("5e55")
+    with pytest.raises(RefusalError) as refused:
+        ask(HostServicer(host), "Forget")
+    assert refused.value.reason == "MIGRATION_RUNS" and fake.told == []
+    host.end_migration()
+    ask(HostServicer(host), "Forget")
+    assert fake.told == ["shutdown"] and host.machine is None and published == [("", "forgotten")]
+    assert host.open_machine(spec) == "machine vm started"
+    assert lost.told == ["launched vm 4", "record OWNER", "resume"]
+
+
+@pytest.mark.parametrize("name", ["Migrate", "Cancel", "ResolveHandover"])
 def test_only_a_source_moves_machines_away(host: Host, name: str) -> None:
     with pytest.raises(RefusalError, match="this daemon is a destination") as refused:
         ask(HostServicer(host), name)
@@ -516,7 +616,7 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> dict[int, Callable[..., None]]:
 
 
 def serve(host: Host, opening: Callable[[], str], closing: Callable[[], None], listen: str = "127.0.0.1:0") -> int:
-    return daemon.serve(host, listen, lambda _: None, [], opening=opening, closing=closing)
+    return daemon.serve(host, Network(listen), lambda _: None, [], opening=opening, closing=closing)
 
 
 def test_a_daemon_serves_until_a_signal(

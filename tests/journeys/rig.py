@@ -76,6 +76,8 @@ class Daemon:
         log: Path,
         reach: str | None,
         credentials: grpc.ChannelCredentials | None,
+        *,
+        scraped: bool,
     ) -> None:
         self.process = process
         self.state_dir = state_dir
@@ -88,9 +90,18 @@ class Daemon:
             raise AssertionError(f"the daemon did not start: {line}{log.read_text()}")
         self.address = line.strip().rpartition(" ")[2]
         self.said = process.stdout.readline().strip()
+        self.metrics = process.stdout.readline().strip().rpartition(" ")[2] if scraped else ""
         self.port = self.address.rpartition(":")[2]
         self.channel = open_channel(f"{reach}:{self.port}" if reach else self.address, credentials)
         self.stub = host_pb2_grpc.HostServiceStub(self.channel)
+
+    def await_line(self, part: str) -> str:
+        """Return the next line on its standard output that has this in it; fail if it ends without."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if part in line:
+                return line
+        raise AssertionError(f"it has not said {part!r}: {self.log.read_text()}")
 
     def look(self) -> host_pb2.GetMachineResponse:
         """Ask for the machine."""
@@ -204,7 +215,7 @@ class Rig:
                 text=True,
                 env={**os.environ, "SWITCHOVER_HOOKS": str(self.hooks)},
             )
-        daemon = Daemon(process, state_dir, log, reach, credentials)
+        daemon = Daemon(process, state_dir, log, reach, credentials, scraped="--metrics" in options)
         self._daemons.append(daemon)
         return daemon
 

@@ -6,12 +6,14 @@ import pytest
 
 from common.machine.record import Ownership
 from source import handover
-from source.handover import Event, after
+from source.handover import Event, after, incarnation_after
 
 FOLLOWS = {
     (Ownership.OWNER, Event.BEGIN): Ownership.COMMITTING,
     (Ownership.COMMITTING, Event.COMMITTED): Ownership.GONE,
     (Ownership.COMMITTING, Event.REVOKED): Ownership.OWNER,
+    (Ownership.COMMITTING, Event.DECLARED_HERE): Ownership.OWNER,
+    (Ownership.COMMITTING, Event.DECLARED_THERE): Ownership.GONE,
 }
 
 
@@ -26,3 +28,9 @@ def test_every_state_and_event(state: Ownership, event: Event) -> None:
 
 def test_gone_is_for_ever() -> None:
     assert not [cell for cell in handover._TABLE if cell[0] is Ownership.GONE]
+
+
+@pytest.mark.parametrize("event", Event)
+def test_a_destination_that_was_passed_over_knows_its_incarnation(event: Event) -> None:
+    """What comes next must be higher than what it was offered and may have recorded: 4 after 3."""
+    assert incarnation_after(event, 3) == (4 if event is Event.DECLARED_HERE else 3)

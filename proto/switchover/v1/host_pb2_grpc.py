@@ -65,6 +65,16 @@ class HostServiceStub:
                 request_serializer=switchover_dot_v1_dot_host__pb2.StopMachineRequest.SerializeToString,
                 response_deserializer=switchover_dot_v1_dot_host__pb2.StopMachineResponse.FromString,
                 _registered_method=True)
+        self.ResolveHandover = channel.unary_unary(
+                '/switchover.v1.HostService/ResolveHandover',
+                request_serializer=switchover_dot_v1_dot_host__pb2.ResolveHandoverRequest.SerializeToString,
+                response_deserializer=switchover_dot_v1_dot_host__pb2.ResolveHandoverResponse.FromString,
+                _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/switchover.v1.HostService/Forget',
+                request_serializer=switchover_dot_v1_dot_host__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=switchover_dot_v1_dot_host__pb2.ForgetResponse.FromString,
+                _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/switchover.v1.HostService/WatchEvents',
                 request_serializer=switchover_dot_v1_dot_host__pb2.WatchEventsRequest.SerializeToString,
@@ -118,6 +128,20 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResolveHandover(self, request, context):
+        """ResolveHandover decides who owns a machine that is COMMITTING and whose destination will never answer again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Forget(self, request, context):
+        """Forget lets go of what is kept here of a machine that this host does not own, or that has failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchEvents(self, request, context):
         """WatchEvents tells what happens: first what has happened so far in the session, then the rest as it comes.
         """
@@ -157,6 +181,16 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.StopMachine,
                     request_deserializer=switchover_dot_v1_dot_host__pb2.StopMachineRequest.FromString,
                     response_serializer=switchover_dot_v1_dot_host__pb2.StopMachineResponse.SerializeToString,
+            ),
+            'ResolveHandover': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveHandover,
+                    request_deserializer=switchover_dot_v1_dot_host__pb2.ResolveHandoverRequest.FromString,
+                    response_serializer=switchover_dot_v1_dot_host__pb2.ResolveHandoverResponse.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=switchover_dot_v1_dot_host__pb2.ForgetRequest.FromString,
+                    response_serializer=switchover_dot_v1_dot_host__pb2.ForgetResponse.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -327,6 +361,60 @@ class HostService:
             '/switchover.v1.HostService/StopMachine',
             switchover_dot_v1_dot_host__pb2.StopMachineRequest.SerializeToString,
             switchover_dot_v1_dot_host__pb2.StopMachineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveHandover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchover.v1.HostService/ResolveHandover',
+            switchover_dot_v1_dot_host__pb2.ResolveHandoverRequest.SerializeToString,
+            switchover_dot_v1_dot_host__pb2.ResolveHandoverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchover.v1.HostService/Forget',
+            switchover_dot_v1_dot_host__pb2.ForgetRequest.SerializeToString,
+            switchover_dot_v1_dot_host__pb2.ForgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

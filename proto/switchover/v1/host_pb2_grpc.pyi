@@ -45,6 +45,10 @@ class HostServiceStub:
     """Resume lets them run again."""
     StopMachine: _grpc.UnaryUnaryMultiCallable[_host_pb2.StopMachineRequest, _host_pb2.StopMachineResponse]
     """StopMachine ends the machine for good, as a power switch does."""
+    ResolveHandover: _grpc.UnaryUnaryMultiCallable[_host_pb2.ResolveHandoverRequest, _host_pb2.ResolveHandoverResponse]
+    """ResolveHandover decides who owns a machine that is COMMITTING and whose destination will never answer again."""
+    Forget: _grpc.UnaryUnaryMultiCallable[_host_pb2.ForgetRequest, _host_pb2.ForgetResponse]
+    """Forget lets go of what is kept here of a machine that this host does not own, or that has failed."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchEventsRequest, _host_pb2.WatchEventsResponse]
     """WatchEvents tells what happens: first what has happened so far in the session, then the rest as it comes."""
 
@@ -65,6 +69,10 @@ class HostServiceAsyncStub(HostServiceStub):
     """Resume lets them run again."""
     StopMachine: _aio.UnaryUnaryMultiCallable[_host_pb2.StopMachineRequest, _host_pb2.StopMachineResponse]  # type: ignore[assignment]
     """StopMachine ends the machine for good, as a power switch does."""
+    ResolveHandover: _aio.UnaryUnaryMultiCallable[_host_pb2.ResolveHandoverRequest, _host_pb2.ResolveHandoverResponse]  # type: ignore[assignment]
+    """ResolveHandover decides who owns a machine that is COMMITTING and whose destination will never answer again."""
+    Forget: _aio.UnaryUnaryMultiCallable[_host_pb2.ForgetRequest, _host_pb2.ForgetResponse]  # type: ignore[assignment]
+    """Forget lets go of what is kept here of a machine that this host does not own, or that has failed."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_host_pb2.WatchEventsRequest, _host_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """WatchEvents tells what happens: first what has happened so far in the session, then the rest as it comes."""
 
@@ -118,6 +126,22 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.StopMachineResponse, _abc.Awaitable[_host_pb2.StopMachineResponse]]:
         """StopMachine ends the machine for good, as a power switch does."""
+
+    @_abc_1.abstractmethod
+    def ResolveHandover(
+        self,
+        request: _host_pb2.ResolveHandoverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.ResolveHandoverResponse, _abc.Awaitable[_host_pb2.ResolveHandoverResponse]]:
+        """ResolveHandover decides who owns a machine that is COMMITTING and whose destination will never answer again."""
+
+    @_abc_1.abstractmethod
+    def Forget(
+        self,
+        request: _host_pb2.ForgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.ForgetResponse, _abc.Awaitable[_host_pb2.ForgetResponse]]:
+        """Forget lets go of what is kept here of a machine that this host does not own, or that has failed."""
 
     @_abc_1.abstractmethod
     def WatchEvents(

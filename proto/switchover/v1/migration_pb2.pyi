@@ -107,6 +107,8 @@ class _PageEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageEnco
     """Pages one after the other, 4096 bytes each."""
     PAGE_ENCODING_LZ4: _PageEncoding.ValueType  # 2
     """The same bytes as one lz4 block without a size header."""
+    PAGE_ENCODING_ZSTD: _PageEncoding.ValueType  # 3
+    """The same bytes as one zstd frame that says their size."""
 
 class PageEncoding(_PageEncoding, metaclass=_PageEncodingEnumTypeWrapper):
     """PageEncoding says how the payload of a batch is packed."""
@@ -117,6 +119,8 @@ PAGE_ENCODING_RAW: PageEncoding.ValueType  # 1
 """Pages one after the other, 4096 bytes each."""
 PAGE_ENCODING_LZ4: PageEncoding.ValueType  # 2
 """The same bytes as one lz4 block without a size header."""
+PAGE_ENCODING_ZSTD: PageEncoding.ValueType  # 3
+"""The same bytes as one zstd frame that says their size."""
 Global___PageEncoding: _TypeAlias = PageEncoding  # noqa: Y015
 
 class _DeviceStateKind:
@@ -199,10 +203,12 @@ class PrepareRequest(_message.Message):
     LANES_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     LANE_KIND_FIELD_NUMBER: _builtins.int
+    HIGHEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Unique for this attempt."""
     protocol_version: _builtins.int
-    """The protocol that the source speaks; a destination refuses one that it does not."""
+    """The lowest protocol that the source speaks; a destination refuses a source with which it has none in common."""
     machine_uuid: _builtins.str
     """The machine's UUID."""
     incarnation: _builtins.int
@@ -215,6 +221,8 @@ class PrepareRequest(_message.Message):
     """How RAM and devices will be verified, so that the destination reads back what is settled early."""
     lane_kind: Global___LaneKind.ValueType
     """How the page lanes come."""
+    highest_protocol_version: _builtins.int
+    """The highest protocol that the source speaks, and every one between; 0: the lowest only."""
     @_builtins.property
     def data_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First pages of the runs of RAM that hold data now, for touching memory early."""
@@ -222,6 +230,10 @@ class PrepareRequest(_message.Message):
     @_builtins.property
     def data_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Lengths of those runs, in pages."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the source can do beyond the protocol, by name (docs/protocol.md)."""
 
     def __init__(
         self,
@@ -236,10 +248,12 @@ class PrepareRequest(_message.Message):
         lanes: _builtins.int = ...,
         verify: Global___VerifyMode.ValueType = ...,
         lane_kind: Global___LaneKind.ValueType = ...,
+        highest_protocol_version: _builtins.int = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "incarnation", b"incarnation", "lane_kind", b"lane_kind", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "features", b"features", "highest_protocol_version", b"highest_protocol_version", "incarnation", b"incarnation", "lane_kind", b"lane_kind", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -255,8 +269,9 @@ class PrepareResponse(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     LANE_PORT_FIELD_NUMBER: _builtins.int
     LANE_TOKENS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """The protocol that will be spoken."""
+    """The protocol that will be spoken: the highest that both do."""
     lane_port: _builtins.int
     """With TCP lanes: the port, on the host at which the destination was called, that takes them."""
     @_builtins.property
@@ -267,6 +282,10 @@ class PrepareResponse(_message.Message):
     def lane_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """With TCP lanes: for each lane 32 bytes that open it, once."""
 
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the source's features those that the destination has too: what may be used."""
+
     def __init__(
         self,
         *,
@@ -274,10 +293,11 @@ class PrepareResponse(_message.Message):
         devices: _abc.Iterable[Global___PreparedDevice] | None = ...,
         lane_port: _builtins.int = ...,
         lane_tokens: _abc.Iterable[_builtins.bytes] | None = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "lane_port", b"lane_port", "lane_tokens", b"lane_tokens", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "features", b"features", "lane_port", b"lane_port", "lane_tokens", b"lane_tokens", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,6 +393,10 @@ class SendPagesRequest(_message.Message):
     RUN_PAGES_FIELD_NUMBER: _builtins.int
     ZERO_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    EQUAL_FIELD_NUMBER: _builtins.int
+    EQUAL_TO_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts the batches of this lane from 1, without gaps."""
     round: _builtins.int
@@ -382,7 +406,13 @@ class SendPagesRequest(_message.Message):
     zero: _builtins.bytes
     """One bit per page in the order of the runs, least significant bit first; set: the page is zero and has no payload."""
     payload: _builtins.bytes
-    """The pages that are not zero, in order."""
+    """The pages that are none of zero, unchanged and equal, in order."""
+    unchanged: _builtins.bytes
+    """A bit per page, or empty; set: the page is what it was before this batch, which must have been sent on this lane."""
+    delta: _builtins.bytes
+    """A bit per page, or empty; set: the payload has the page XORed with what it was before this batch."""
+    equal: _builtins.bytes
+    """A bit per page, or empty; set: the page is what the page named in equal_to was before this batch."""
     @_builtins.property
     def run_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First page of each run; a page number is an offset in guest RAM divided by 4096."""
@@ -390,6 +420,10 @@ class SendPagesRequest(_message.Message):
     @_builtins.property
     def run_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Pages in each run."""
+
+    @_builtins.property
+    def equal_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each page whose bit in equal is set, in order, a page of this lane."""
 
     def __init__(
         self,
@@ -401,10 +435,14 @@ class SendPagesRequest(_message.Message):
         run_pages: _abc.Iterable[_builtins.int] | None = ...,
         zero: _builtins.bytes = ...,
         payload: _builtins.bytes = ...,
+        unchanged: _builtins.bytes = ...,
+        delta: _builtins.bytes = ...,
+        equal: _builtins.bytes = ...,
+        equal_to: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "payload", b"payload", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "encoding", b"encoding", "equal", b"equal", "equal_to", b"equal_to", "payload", b"payload", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "unchanged", b"unchanged", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
