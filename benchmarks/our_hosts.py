@@ -17,6 +17,7 @@ from benchmarks.cpu import children_of, cpu_seconds, is_alive
 from benchmarks.link import End, Link
 from benchmarks.samples import Sample
 from common.machine.client import MachineClient
+from common.memory.layout import PAGE_SIZE
 from console.exit_codes import ExitCode
 from console.launch import LISTENING
 
@@ -84,6 +85,7 @@ class OurHosts:
             destination_cpu_s=destination_cpu,
             whole_s=told["total_ms"] / 1000,
             downtime_s=told["downtime_ms"] / 1000,
+            equal_bytes=told["ram"]["equal_pages"] * PAGE_SIZE,
         )
 
     def _let_go(self) -> None:

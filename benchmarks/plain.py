@@ -106,7 +106,7 @@ def move_by_iperf3(link: Link, size: int, streams: int) -> Sample:
             told = _iperf3(link, size, streams)
         finally:
             server.kill()
-    seconds, sent = told["sum_received"]["seconds"], told["sum_sent"]["bytes"]
+    seconds, sent = told["sum_received"]["seconds"], told["sum_received"]["bytes"]
     share = told["cpu_utilization_percent"]
     return Sample(sent, seconds, sent, share["host_total"] / 100 * seconds, share["remote_total"] / 100 * seconds)
 

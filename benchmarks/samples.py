@@ -22,6 +22,7 @@ class Sample:
 
     `transfer_s` is from the first page until all is at the destination and a machine runs there, `whole_s` from the
     command on, with all that is set up first. The CPU seconds are those of `transfer_s`, of all processes of an end.
+    `equal_bytes` are pages that were not sent because they equal one that had been.
     """
 
     ram_bytes: int
@@ -31,6 +32,7 @@ class Sample:
     destination_cpu_s: float
     whole_s: float | None = None
     downtime_s: float | None = None
+    equal_bytes: int | None = None
 
 
 def read(path: Path, scene: str) -> dict[str, list[Sample]]:
@@ -85,7 +87,7 @@ def table(
     made = Table(title=title, title_justify="left", box=box.MARKDOWN)
     columns = (
         *("", "GB/s", *references.values(), "transfer s", "whole s", "downtime ms", "MB sent"),
-        *("CPU s/GiB source", "destination"),
+        *("equal pages %", "CPU s/GiB source", "destination"),
     )
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -94,6 +96,7 @@ def table(
             made.add_row(row, missing.get(row, "–"))
             continue
         ratios = [time_ratio(samples, found.get(reference)) for reference in references]
+        equal = [sample.equal_bytes for sample in samples]
         made.add_row(
             row,
             spread((sample.ram_bytes / sample.transfer_s / 1e9 for sample in samples), 2),
@@ -102,6 +105,7 @@ def table(
             spread((sample.whole_s for sample in samples), 2),
             spread((None if sample.downtime_s is None else sample.downtime_s * 1000 for sample in samples), 0),
             median((sample.sent_bytes / 1e6 for sample in samples), 0),
+            "–" if None in equal else median((100 * (each or 0) / samples[0].ram_bytes for each in equal), 1),
             median((sample.source_cpu_s / sample.ram_bytes * GIB for sample in samples), 2),
             median((sample.destination_cpu_s / sample.ram_bytes * GIB for sample in samples), 2),
         )

@@ -9,7 +9,7 @@ from rich.console import Console
 from benchmarks.samples import Sample, read, spread, table, time_ratio, write
 
 SLOW = Sample(1 << 30, 2.0, 1_000_000_000, 0.5, 1.5, whole_s=3.0, downtime_s=0.25)
-FAST = replace(SLOW, transfer_s=1.0)
+FAST = replace(SLOW, transfer_s=1.0, equal_bytes=1 << 29)
 
 
 def test_median_with_what_it_is_the_median_of() -> None:
@@ -34,8 +34,19 @@ def test_table_compares_and_says_who_is_missing(speed: bool, expected: str) -> N
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in captured.get().splitlines() if "|" in line]
     by_name = {row[0]: row[1:] for row in rows}
     assert by_name["slow"][1] == "1.00"
+    assert by_name["slow"][6] == "–"
     assert by_name["fast"] == [
-        *("1.07 (1.07–1.07)", expected, "1.00 (1.00–1.00)", "3.00 (3.00–3.00)", "250 (250–250)", "1000", "0.50", "1.50")
+        *(
+            "1.07 (1.07–1.07)",
+            expected,
+            "1.00 (1.00–1.00)",
+            "3.00 (3.00–3.00)",
+            "250 (250–250)",
+            "1000",
+            "50.0",
+            "0.50",
+            "1.50",
+        )
     ]
     assert by_name["other"][0] == "not here: other"
 
