@@ -1,4 +1,4 @@
-"""A chart of bars as SVG: groups from left to right, in each a bar for every series, on a logarithmic scale."""
+"""Charts of bars as SVG: groups side by side on a logarithmic scale, or one bar below the other from zero on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["bars"]
+__all__ = ["bars", "spans"]
 
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#9c755f")
 WIDTH, PANEL, LEFT, TOP, BOTTOM = 760, 200, 70, 34, 26
@@ -22,6 +22,10 @@ def bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]], series: Sequen
         x = LEFT + index * 120
         parts.append(f'<rect x="{x}" y="{height - 18}" width="12" height="12" fill="{COLOURS[index]}"/>')
         parts.append(f'<text x="{x + 17}" y="{height - 8}">{escape(name)}</text>')
+    return _svg(height, parts)
+
+
+def _svg(height: float, parts: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
@@ -58,3 +62,27 @@ def _panel(top: int, title: str, groups: Mapping[str, Mapping[str, float]], seri
                 f'fill="{COLOURS[index]}"><title>{escape(f"{name}, {kind}: {value:,.4g}")}</title></rect>'
             )
     return parts
+
+
+NAMES, LINE, VALUES = 250, 20, 50
+
+
+def spans(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> str:
+    """Return the chart of `panels`: title → bar → its value, and the lowest and highest of what was measured."""
+    parts = []
+    top = TOP
+    for title, rows in panels.items():
+        parts.append(f'<text x="10" y="{top - 10}" font-weight="bold">{escape(title)}</text>')
+        scale = (WIDTH - NAMES - VALUES) / max((high for _, _, high in rows.values()), default=1)
+        for name, (value, low, high) in rows.items():
+            middle = top + LINE / 2
+            colour = COLOURS[0] if name.startswith("--") else COLOURS[1] if name.startswith("QEMU") else COLOURS[4]
+            parts += (
+                f'<text x="{NAMES - 6}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>',
+                f'<rect x="{NAMES}" y="{top + 3}" width="{value * scale:.1f}" height="{LINE - 6}" fill="{colour}"/>',
+                f'<path d="M{NAMES + low * scale:.1f} {middle}H{NAMES + high * scale:.1f}" stroke="black"/>',
+                f'<text x="{NAMES + high * scale + 6:.1f}" y="{middle + 4}">{value:,.3g}</text>',
+            )
+            top += LINE
+        top += TOP
+    return _svg(top, parts)
