@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -45,6 +45,7 @@ from destination.verifier import Verifier, compare_devices
 __all__ = ["Arrival"]
 
 IDLE_SECONDS = 30.0
+STREAM_SECONDS = 5.0
 
 _log = structlog.get_logger()
 Kind = migration_pb2.DeviceStateKind
@@ -70,7 +71,7 @@ class Arrival:
         self._lane_listen = lane_listen
         self._lane_port: LanePort | None = None
         self._mapping_sequence = 0
-        self._open_streams: set[str] = set()
+        self._open_streams: dict[str, Callable[[], object]] = {}  # by name; what ends one at once
         self._prepared = False
         self._active_at = time.monotonic()
         self._held = ExitStack()
@@ -152,7 +153,7 @@ class Arrival:
         """The same for a TCP lane, to its end; what it is refused for it is told."""
         enter_session(self.session_id)
         try:
-            with self.streaming(f"lane {lane}"):
+            with self.streaming(f"lane {lane}", connection.shutdown):
                 receive_batches(connection, partial(self._apply_batch, lane))
         except RefusalError as refusal:
             with suppress(OSError):
@@ -376,6 +377,17 @@ class Arrival:
             self._take_down()
         finally:
             self._host.end_migration()
+        # A source that means well ends its streams itself, and is not to take this for the failure.
+        if self._open_streams:
+            patience = threading.Timer(STREAM_SECONDS, self._end_streams)
+            patience.daemon = True
+            patience.start()
+
+    def _end_streams(self) -> None:
+        with self._decision:
+            ends = list(self._open_streams.values())
+        for end in ends:
+            end()
 
     def _take_down(self) -> None:
         self.close()
@@ -415,13 +427,16 @@ class Arrival:
         return bool(self._open_streams)
 
     @contextmanager
-    def streaming(self, name: str) -> Iterator[None]:
-        """Serve the one stream of that name in this block; one that breaks before COMMIT ends the session."""
+    def streaming(self, name: str, end: Callable[[], object]) -> Iterator[None]:
+        """Serve the one stream of that name in this block; one that breaks before COMMIT ends the session.
+
+        `end` ends it from outside, should its source leave it open when the session has ended.
+        """
         try:
             with self._decision:
                 if name in self._open_streams:
                     raise bad(f"there is a stream for {name} already")
-                self._open_streams.add(name)
+                self._open_streams[name] = end
         except RefusalError as error:
             self.lose(str(error))
             raise
@@ -438,7 +453,7 @@ class Arrival:
             raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", why) from error
         finally:
             with self._decision:
-                self._open_streams.discard(name)
+                del self._open_streams[name]
                 self._active_at = time.monotonic()
 
     def lose(self, why: str) -> None:

@@ -250,7 +250,7 @@ def _streaming(
     arrival: Arrival, name: str, answers: Iterator[Response], context: grpc.ServicerContext
 ) -> Iterator[Response]:
     try:
-        with arrival.streaming(name):
+        with arrival.streaming(name, context.cancel):
             yield from answers
     finally:
         if not context.is_active():

@@ -180,7 +180,8 @@ class Rig:
         given = {"session_id": SESSION, **metadata}
         pairs = tuple((key.replace("_", "-"), value) for key, value in given.items())
         return cast(
-            "grpc.ServicerContext", SimpleNamespace(invocation_metadata=lambda: pairs, is_active=lambda: active)
+            "grpc.ServicerContext",
+            SimpleNamespace(invocation_metadata=lambda: pairs, is_active=lambda: active, cancel=lambda: None),
         )
 
     def pages(self, *batches: PageBatch | bytes, lane: str = "0", session_id: str = SESSION) -> list[int]:

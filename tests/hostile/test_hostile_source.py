@@ -145,7 +145,7 @@ def opens_a_lane_twice(source: HostileSource) -> set[str]:
     first = source.pages(for_ever(page(0)))
     next(first)
     second = {refused(lambda: source.pages([page(0)]))}
-    return second | {refused(lambda: first)} - {"WRONG_STATE"}
+    return second | {refused(lambda: first)} - {"WRONG_STATE", "CANCELLED"}
 
 
 def leaves_streams_open(source: HostileSource) -> set[str]:
