@@ -322,6 +322,7 @@ def saved_nic() -> list[pb.SendDeviceStateRequest]:
     return [pb.SendDeviceStateRequest(sequence=at, kind=kind, data=its) for at, (kind, its) in enumerate(kinds, 1)]
 
 
+@pytest.mark.matrix
 def test_calls_that_never_bring_their_request(rig: Rig, destination: Daemon) -> None:
     before = Traces(rig, destination)
     with ExitStack() as held:
@@ -335,6 +336,7 @@ def test_calls_that_never_bring_their_request(rig: Rig, destination: Daemon) -> 
     before.are_gone()
 
 
+@pytest.mark.matrix
 def test_watchers_are_counted(rig: Rig, destination: Daemon) -> None:
     before = Traces(rig, destination)
     with ExitStack() as held:
@@ -369,6 +371,7 @@ SLOW = {
 }
 
 
+@pytest.mark.matrix
 def test_connections_that_say_nothing_are_hung_up(rig: Rig, destination: Daemon) -> None:
     before = Traces(rig, destination)
     ended: dict[str, bool] = {}

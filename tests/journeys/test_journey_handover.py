@@ -17,6 +17,7 @@ def owner_of(*daemons: Daemon) -> list[bool]:
     return [look.HasField("machine") and look.machine.state == "running" for look in looks]
 
 
+@pytest.mark.matrix
 def test_the_source_dies_before_commit_is_sent(rig: Rig, image: Path) -> None:
     machine = machine_toml(image=image, devices=("nic",))
     source = rig.start("source", machine, state="s")
@@ -92,6 +93,7 @@ def undecided(rig: Rig, source: Daemon) -> str:
     return session
 
 
+@pytest.mark.matrix
 def test_the_operator_says_that_the_machine_is_here(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic",)))
     before = goes_on(source)
