@@ -112,7 +112,11 @@ def test_the_source_does_not_say_where_devices_are(rig: Rig) -> None:
         ),
         pytest.param("command = 'false'", "far0: its process has ended with exit code 1", marks=pytest.mark.matrix),
         # What it has started before it ends is not left behind.
-        ("command = 'sh -c \"sleep 1000 & echo out of luck; exit 3\"'", "with exit code 3: out of luck"),
+        pytest.param(
+            "command = 'sh -c \"sleep 1000 & echo out of luck; exit 3\"'",
+            "with exit code 3: out of luck",
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_a_device_that_cannot_be_had(rig: Rig, lines: str, said: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 from rig import Rig, assert_completed, machine_toml, wait_for
 from test_journey_localhost import goes_on
 
@@ -24,6 +25,7 @@ def test_with_an_interrupt_pending(rig: Rig, image: Path) -> None:
     goes_on(destination, before)
 
 
+@pytest.mark.matrix
 def test_with_a_doorbell_pending(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nvme",)))
     destination = rig.start("destination")
@@ -56,6 +58,7 @@ def test_inside_a_map_trap(rig: Rig, image: Path) -> None:
     goes_on(destination, before)
 
 
+@pytest.mark.matrix
 def test_with_5000_live_mappings(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic",), mappings=5000))
     destination = rig.start("destination")

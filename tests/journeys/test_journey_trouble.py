@@ -19,11 +19,10 @@ from common.rpc.errors import PeerError, peer_error
 UUID = "6f0c8f0e-7d3f-4d0f-9a51-6b7cf1b1d9aa"
 EMPTY = MachineSpec("empty", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
 PHASES = (
-    "source.precopy",
     "source.stopped",
     *(
         pytest.param(point, marks=pytest.mark.matrix)
-        for point in ("source.round1", "source.switchover", "source.paused", "source.handover")
+        for point in ("source.precopy", "source.round1", "source.switchover", "source.paused", "source.handover")
     ),
 )
 MBIT = 1e6 / 8
@@ -155,6 +154,7 @@ def test_it_does_not_converge(rig: Rig, image: Path) -> None:
     goes_on(destination, before)
 
 
+@pytest.mark.matrix
 def test_it_converges_with_slower_vcpus(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(image=image, pattern="sequential", rate="40MB/s"))
     destination = rig.start("destination")
