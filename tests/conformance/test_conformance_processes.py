@@ -59,7 +59,7 @@ def results(how: str, *names: str) -> list[Result]:
         ("signal", f"the server died of signal {signal.SIGRTMIN + 3}"),
         ("hang", "the server hangs: no answer within 1 s"),
         ("child", "the server hangs"),
-        ("loop", "the server hangs"),
+        pytest.param("loop", "the server hangs", marks=pytest.mark.matrix),
         ("garbage", "what came is no message"),
     ],
 )
