@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,3 +17,12 @@ def logs_of_this_test() -> Iterator[None]:
     """Forget how a test has set up the logs: they would go to its output, which is closed when it has ended."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def signals_of_this_test() -> Iterator[None]:
+    """Put back what a command that ran here has made of signals: what is ignored, processes begun later ignore."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -37,14 +37,6 @@ def switchover(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
-@pytest.fixture(autouse=True)
-def handlers_are_put_back():  # type: ignore[no-untyped-def]
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [

@@ -99,6 +99,7 @@ def said(source: Daemon, session: str) -> str:
 
 
 @pytest.mark.matrix
+@pytest.mark.matrix
 def test_a_slow_network_is_only_slow(rig: Rig) -> None:
     source = rig.start("source", machine_toml(devices=("nic",)))
     destination = rig.start("destination")

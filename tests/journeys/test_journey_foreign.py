@@ -43,6 +43,7 @@ def started(rig: Rig, kind: str, *options: str, lines: str = "", driver: str = "
     return [rig.start("host", machine), rig.start("host", options=devices)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "options", "lines", "viommu"),
     [

@@ -18,6 +18,7 @@ def owner_of(*daemons: Daemon) -> list[bool]:
 
 
 @pytest.mark.matrix
+@pytest.mark.matrix
 def test_the_source_dies_before_commit_is_sent(rig: Rig, image: Path) -> None:
     machine = machine_toml(image=image, devices=("nic",))
     source = rig.start("source", machine, state="s")

@@ -10,6 +10,7 @@ from rig import Rig, assert_completed, machine_toml, wait_for
 from test_journey_localhost import goes_on
 
 
+@pytest.mark.matrix
 def test_with_an_interrupt_pending(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic",)))
     destination = rig.start("destination")

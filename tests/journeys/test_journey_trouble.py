@@ -119,6 +119,7 @@ def test_the_source_daemon_is_killed_and_a_new_one_finds_the_machine(rig: Rig, i
     goes_on(destination, before)
 
 
+@pytest.mark.matrix
 def test_a_daemon_that_ends_leaves_its_machine_running(rig: Rig) -> None:
     source = rig.start("source", machine_toml(), state="s")
     before = goes_on(source)

@@ -52,7 +52,7 @@ def test_deferred_finds_it_and_pauses_the_machine(rig: Rig, image: Path) -> None
     assert source.look().machine.state == "moved"
 
 
-@pytest.mark.parametrize("unlogged", [True, False])
+@pytest.mark.parametrize("unlogged", [True, pytest.param(False, marks=pytest.mark.matrix)])
 def test_the_command_says_so(rig: Rig, image: Path, unlogged: bool) -> None:
     extra = UNLOGGED if unlogged else {}
     source = rig.start("source", machine_toml(image=image, devices=("nic",), extra=extra))
