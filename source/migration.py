@@ -522,9 +522,9 @@ class Migration:
 
     def _answer(self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float) -> Answer:
         """Ask the destination; wait for as long, or until `cancel`."""
-        self._call = ask.future(request, timeout=seconds)
+        self._call = call = ask.future(request, timeout=seconds)
         if self._ownership is Ownership.OWNER:
             self._check()
-        answer = self._call.result()
+        answer = call.result()
         self._call = None
         return answer
