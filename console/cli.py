@@ -44,6 +44,15 @@ class Verify(StrEnum):
     OFF = "off"
 
 
+class Compress(StrEnum):
+    """How pages are compressed."""
+
+    OFF = "off"
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+    AUTO = "auto"
+
+
 class LaneKind(StrEnum):
     """How pages travel."""
 
@@ -107,7 +116,9 @@ def migrate(
     lane_kind: Annotated[
         LaneKind, typer.Option(help="What these are: gRPC streams, or TCP connections of their own.")
     ] = LaneKind.GRPC,
-    compress: Annotated[bool, typer.Option("--compress", help="Compress pages with lz4.")] = False,
+    compress: Annotated[
+        Compress, typer.Option(help="Compress pages: not, with lz4 or zstd, or as link and cores make it fastest.")
+    ] = Compress.OFF,
     on_mismatch: Annotated[
         OnMismatch, typer.Option(help="With --verify deferred: what to do with a machine whose memory differs.")
     ] = OnMismatch.PAUSE,
@@ -116,7 +127,7 @@ def migrate(
 ) -> int:
     """Move the machine at SOURCE to DESTINATION while it runs."""
     from rich.console import Console
-    from switchover.v1.host_pb2 import MigrateRequest
+    from switchover.v1.host_pb2 import Compression, MigrateRequest
     from switchover.v1.host_pb2 import OnTimeout as OnTimeoutMode
     from switchover.v1.migration_pb2 import LaneKind as LaneKindMode
     from switchover.v1.migration_pb2 import VerifyMode
@@ -135,8 +146,8 @@ def migrate(
         on_timeout=OnTimeoutMode.Value(f"ON_TIMEOUT_{on_timeout.name}"),
         auto_converge=auto_converge,
         lanes=lanes,
+        compression=Compression.Value(f"COMPRESSION_{compress.name}"),
         lane_kind=LaneKindMode.Value(f"LANE_KIND_{lane_kind.name}"),
-        compress=compress,
         continue_on_mismatch=on_mismatch is OnMismatch.CONTINUE,
     )
     try:

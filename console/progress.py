@@ -140,6 +140,8 @@ def _facts(progress: Progress) -> list[str]:
         f"{format_rate(progress.dirty_rate)} dirtied",
         f"{format_size(progress.sent_bytes)} sent",
     ]
+    if progress.compression not in ("", "none"):
+        facts.append(f"compressed with {progress.compression}")
     if progress.expected_downtime_ms >= 0:
         facts.append(f"expected downtime {format_duration(progress.expected_downtime_ms)}")
     if progress.throttle_percent:

@@ -136,6 +136,14 @@ def _ram(result: MigrationResult) -> str:
         f"{ram.zero_pages:,} of them zero pages that cost a bit each; {format_size(ram.downtime_bytes)} of it while "
         "the machine stood still."
     )
+    saved = {
+        "were dirty but had not changed": ram.unchanged_pages,
+        "equalled another": ram.equal_pages,
+        "went as the difference to what was sent before": ram.delta_pages,
+        "were compressed": ram.compressed_pages,
+    }
+    if any(saved.values()):
+        line += f" Of the others {_listed([f'{pages:,} {what}' for what, pages in saved.items() if pages])}."
     return f"{line} {result.mappings:,} vIOMMU mappings moved along." if result.mappings else line
 
 

@@ -14,7 +14,7 @@ from switchover.v1 import host_pb2, migration_pb2
 from common.host.events import Events
 from common.machine.client import DeviceConfig, DeviceInfo, Tracking
 from common.memory.layout import PAGE_SIZE
-from source.lanes import LaneStats
+from source.lane_stats import LaneStats
 from source.meter import Meter
 from source.policy import Decision, RoundFacts
 from source.state_streams import DeviceStream
@@ -35,8 +35,9 @@ class Account:
         events: Events,
         session_id: str,
         request: host_pb2.MigrateRequest,
-        device_progress: Callable[[], Sequence[host_pb2.DeviceProgress]],
+        tell_progress: Callable[[host_pb2.Progress], None],
     ) -> None:
+        """`tell_progress` fills in what the streams have sent so far."""
         self.meter = Meter()
         self.facts: list[RoundFacts] = []
         self.throttle_percent = 0
@@ -53,7 +54,7 @@ class Account:
         )
         self._events = events
         self._session_id = session_id
-        self._device_progress = device_progress
+        self._tell_of_streams = tell_progress
         self._progress = host_pb2.Progress(expected_downtime_ms=-1)
         self._ended = threading.Event()
         self._teller = threading.Thread(target=self._tell_progress, name="progress", daemon=True)
@@ -119,6 +120,11 @@ class Account:
         ram.transferred_bytes += stats.sent_bytes
         ram.pages += stats.pages
         ram.zero_pages += stats.zero_pages
+        ram.unchanged_pages += stats.unchanged_pages
+        ram.equal_pages += stats.equal_pages
+        ram.delta_pages += stats.delta_pages
+        ram.compressed_pages += stats.compressed_pages
+        ram.page_bytes += stats.page_bytes
 
     def look(
         self, number: int, stats: LaneStats, *, dirty_pages: int, device_bytes: int, initial_data_loaded: bool
@@ -141,8 +147,8 @@ class Account:
         self.facts.append(facts)
         return facts
 
-    def round_decided(self, facts: RoundFacts, stats: LaneStats, decision: Decision) -> None:
-        """Note how a round ended and what follows."""
+    def round_decided(self, facts: RoundFacts, stats: LaneStats, compression: str, decision: Decision) -> None:
+        """Note how a round ended, how pages are compressed now, and what follows."""
         began = self.facts[-2].elapsed_s if len(self.facts) > 1 else self.precopy_began
         self.result.rounds.append(
             host_pb2.Round(
@@ -154,6 +160,11 @@ class Account:
                 dirty_pages=facts.dirty_bytes // PAGE_SIZE,
                 throttle_percent=facts.throttle_percent,
                 decision=decision.reason,
+                unchanged_pages=stats.unchanged_pages,
+                equal_pages=stats.equal_pages,
+                delta_pages=stats.delta_pages,
+                compressed_pages=stats.compressed_pages,
+                compression=compression,
             )
         )
         expected = facts.expected_downtime_s
@@ -182,8 +193,7 @@ class Account:
             self._progress.round_done_pages = self.meter.round_pages
             self._progress.bandwidth = self.meter.current_bandwidth()
             self._progress.sent_bytes = self.meter.total_bytes
-            del self._progress.devices[:]
-            self._progress.devices.extend(self._device_progress())
+            self._tell_of_streams(self._progress)
             self._events.publish(self._session_id, progress=self._progress)
 
     def close(self) -> None:

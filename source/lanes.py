@@ -9,32 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from common.memory.layout import PAGE_SIZE
-from common.memory.pages import PageBatch, encode, split_lanes
-from common.memory.ram import GuestRam
+from common.memory.pages import PageBatch, split_lanes
 from common.memory.runs import Runs
+from source.lane_stats import LaneStats, total
+from source.packer import Packer
 
-__all__ = ["LaneStats", "PageLane", "PageLanes", "Unacked"]
-
-
-@dataclass(slots=True)
-class LaneStats:
-    """What was sent: pages, of those zero ones, and bytes on the wire."""
-
-    pages: int = 0
-    zero_pages: int = 0
-    sent_bytes: int = 0
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of the pages that are not zero, before compression."""
-        return (self.pages - self.zero_pages) * PAGE_SIZE
+__all__ = ["PageLane", "PageLanes", "Unacked"]
 
 
 class PageLane(Protocol):
@@ -46,7 +31,7 @@ class PageLane(Protocol):
 
     @property
     def batch_pages(self) -> int:
-        """How many pages with a payload a batch should have."""
+        """How many pages with a payload a batch should have that is not compressed."""
 
     def send(self, batch: PageBatch) -> int:
         """Number a batch and send it, as soon as the bandwidth limit and the destination let it; return its size."""
@@ -86,10 +71,9 @@ class Unacked:
 class PageLanes:
     """All lanes of a migration; failures are those of `PageLane`."""
 
-    def __init__(self, ram: GuestRam, lanes: Sequence[PageLane], *, compress: bool) -> None:
-        self._ram = ram
-        self._compress = compress
+    def __init__(self, lanes: Sequence[PageLane], packer: Packer) -> None:
         self._lanes = lanes
+        self._packer = packer
         self._pool = ThreadPoolExecutor(len(lanes), thread_name_prefix="lane")
 
     @property
@@ -103,23 +87,15 @@ class PageLanes:
         `data` are the runs of RAM that are not holes: no page outside them is read.
         """
         futures: list[Future[LaneStats]] = [
-            self._pool.submit(self._send, lane, part, data, number)
-            for lane, part in zip(self._lanes, split_lanes(*runs, len(self._lanes)), strict=True)
+            self._pool.submit(self._send, index, part, data, number)
+            for index, part in enumerate(split_lanes(*runs, len(self._lanes)))
         ]
-        parts = [future.result() for future in futures]
-        return LaneStats(
-            sum(part.pages for part in parts),
-            sum(part.zero_pages for part in parts),
-            sum(part.sent_bytes for part in parts),
-        )
+        return total([future.result() for future in futures])
 
-    def _send(self, lane: PageLane, runs: Runs, data: Runs, number: int) -> LaneStats:
-        stats = LaneStats()
-        size = lane.batch_pages
-        for batch in encode(self._ram, *runs, round=number, compress=self._compress, data=data, batch_pages=size):
-            stats.sent_bytes += lane.send(batch)
-            stats.pages += batch.pages
-            stats.zero_pages += batch.zero_pages
+    def _send(self, index: int, runs: Runs, data: Runs, number: int) -> LaneStats:
+        lane, stats = self._lanes[index], LaneStats()
+        for batch in self._packer.batches(index, runs, data, number, lane.batch_pages, lane.drain):
+            stats.count(batch, lane.send(batch))
         lane.drain()
         return stats
 

@@ -41,7 +41,8 @@ from source.counterparts import check_counterparts
 from source.failures import CancelledError, NotConvergedError, explain
 from source.grpc_lane import GrpcLane
 from source.history import History
-from source.lanes import LaneStats, PageLane
+from source.lane_stats import LaneStats
+from source.lanes import PageLane
 from source.limiter import Limiter
 from source.policy import Action, Limits, RoundFacts, decide
 from source.streams import Streams
@@ -97,15 +98,16 @@ class Migration:
         self._machine = host.machine.another()
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
-        self._account = Account(host.events, session_id, request, self._device_progress)
+        self._account = Account(host.events, session_id, request, self._tell_progress)
         record = host.record()
         assert record is not None
         self._incarnation = record.incarnation + 1
         self.handover = Handover(self._stub, session_id, self._incarnation, self._account.say)
 
-    def _device_progress(self) -> list[host_pb2.DeviceProgress]:
+    def _tell_progress(self, progress: host_pb2.Progress) -> None:
         streams = self._open_streams
-        return [stream.progress() for stream in streams.devices] if streams is not None else []
+        if streams is not None:
+            streams.tell(progress)
 
     def cancel(self) -> None:
         """End the migration; without effect once COMMIT may have been sent."""
@@ -158,6 +160,7 @@ class Migration:
             self._verifier = Verifier(self._ram, machine, self._pool)
         data_first, data_pages = self._ram.data_runs()
         mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
+        self._held.callback(lambda: mapping.cancelled() or mapping.exception())  # before RAM is let go
         with self._calling():
             prepared = self._answer(
                 self._stub.Prepare,
@@ -196,6 +199,7 @@ class Migration:
             devices,
             {device.name: device.migration_flags for device in prepared.devices},
             self._limiter,
+            self._account.meter.applied,
         )
         self._check()
         self._send_mappings()
@@ -216,16 +220,15 @@ class Migration:
 
     def _lane_opener(
         self, prepared: migration_pb2.PrepareResponse, open_bulk: Callable[[], grpc.Channel]
-    ) -> Callable[[int], PageLane]:
-        """Return what opens the page lane of a number."""
-        applied = self._account.meter.applied
+    ) -> Callable[[int, Callable[[int, int], None]], PageLane]:
+        """Return what opens the page lane of a number, given who is told of its acks."""
         if self._request.lane_kind != LaneKind.LANE_KIND_TCP:
-            return lambda number: GrpcLane(open_bulk, self.session_id, number, self._limiter, applied)
+            return lambda number, applied: GrpcLane(open_bulk, self.session_id, number, self._limiter, applied)
         if len(prepared.lane_tokens) != self._request.lanes:
             raise ConnectionError(f"{self._address} takes no page lanes of the kind tcp")
         host = self._address.rpartition(":")[0].strip("[]")
         port = LanePort(host, prepared.lane_port, self._host.security.lane_client)
-        return lambda number: TcpLane(port, prepared.lane_tokens[number], self._limiter, applied)
+        return lambda number, applied: TcpLane(port, prepared.lane_tokens[number], self._limiter, applied)
 
     @property
     def _streams(self) -> Streams:
@@ -272,7 +275,7 @@ class Migration:
             self._dirty = self._sync(number)
             facts = self._look(number, stats)
             decision = decide(self._account.facts, self._limits)
-            self._account.round_decided(facts, stats, decision)
+            self._account.round_decided(facts, stats, self._streams.compression, decision)
             self._check()
             if decision.action is Action.SWITCH_OVER:
                 return

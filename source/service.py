@@ -56,6 +56,7 @@ class SourceServicer(HostServicer):
         request.verify = request.verify or migration_pb2.VERIFY_MODE_STRICT
         request.max_downtime_ms = request.max_downtime_ms or DEFAULT_DOWNTIME_MS
         request.lanes = request.lanes or 1
+        request.compression = request.compression or host_pb2.COMPRESSION_OFF
         request.lane_kind = request.lane_kind or migration_pb2.LANE_KIND_GRPC
         session_id = uuid4().hex
         self.host.begin_migration(session_id)
@@ -128,5 +129,7 @@ def _check(request: host_pb2.MigrateRequest) -> None:
         wrong = "limits must be numbers, and not negative"
     elif request.lanes > MAX_LANES:
         wrong = f"at most {MAX_LANES} lanes"
+    elif request.compression not in host_pb2.Compression.values():
+        wrong = f"unknown compression {request.compression}"
     if wrong is not None:
         raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", wrong)

@@ -14,6 +14,7 @@ from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
 from source.lanes import PageLane, PageLanes
 from source.limiter import Limiter
+from source.packer import Packer
 from source.state_streams import DeviceStream, MappingStream
 
 __all__ = ["Streams"]
@@ -26,7 +27,7 @@ class Streams:
         self,
         stub: migration_pb2_grpc.MigrationServiceStub,
         open_channel: Callable[[], grpc.Channel],
-        open_lane: Callable[[int], PageLane],
+        open_lane: Callable[[int, Callable[[int, int], None]], PageLane],
         session_id: str,
         request: host_pb2.MigrateRequest,
         machine: MachineClient,
@@ -34,14 +35,25 @@ class Streams:
         devices: Sequence[DeviceInfo],
         peers: Mapping[str, int],
         limiter: Limiter,
+        on_applied: Callable[[int, int], None],
     ) -> None:
-        """`peers` are the migration flags of the destination's devices; `open_lane` opens the page lane of a number."""
+        """`peers` are the migration flags of the destination's devices; `open_lane` opens the page lane of a number.
+
+        `on_applied` is told (pages, bytes) of every ack, and so is what `open_lane` is given.
+        """
         with ExitStack() as opened:
+            self._packer = Packer(ram, request.compression, request.lanes)
+            opened.callback(self._packer.close)
+
+            def applied(pages: int, size: int) -> None:
+                self._packer.applied(pages, size)
+                on_applied(pages, size)
+
             lanes: list[PageLane] = []
             for number in range(request.lanes):
-                lanes.append(open_lane(number))
+                lanes.append(open_lane(number, applied))
                 opened.callback(lanes[-1].close, abort=True)
-            self.lanes = PageLanes(ram, lanes, compress=request.compress)
+            self.lanes = PageLanes(lanes, self._packer)
             self.mappings = MappingStream(stub, session_id)
             opened.callback(self.mappings.close, abort=True)
             self.devices: list[DeviceStream] = []
@@ -51,6 +63,23 @@ class Streams:
                 opened.callback(stream.close, abort=True)
                 self.devices.append(stream)
             opened.pop_all()
+
+    @property
+    def compression(self) -> str:
+        """How the next pages would be compressed."""
+        return self._packer.progress()[0]
+
+    def tell(self, progress: host_pb2.Progress) -> None:
+        """Fill in what was sent so far."""
+        del progress.devices[:]
+        progress.devices.extend(stream.progress() for stream in self.devices)
+        progress.compression, sent = self._packer.progress()
+        progress.page_bytes = sent.page_bytes
+        progress.zero_pages = sent.zero_pages
+        progress.unchanged_pages = sent.unchanged_pages
+        progress.equal_pages = sent.equal_pages
+        progress.delta_pages = sent.delta_pages
+        progress.compressed_pages = sent.compressed_pages
 
     def finish_request(self, session_id: str, rest: Rest, *, paused: bool) -> migration_pb2.FinishRequest:
         """Return what is left of the machine, and how far each stream must have come."""
@@ -87,6 +116,7 @@ class Streams:
         """End the streams: in good order, or at once."""
         for stream in self._all():
             stream.close(abort=abort)
+        self._packer.close()
 
     def _all(self) -> tuple[DeviceStream | MappingStream | PageLanes, ...]:
         return (*self.devices, self.mappings, self.lanes)

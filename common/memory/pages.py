@@ -11,24 +11,21 @@ data runs after them, if they are passed): a page that changes from then on is i
 
 from __future__ import annotations
 
-import enum
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import lz4.block
 import numpy as np
 import numpy.typing as npt
 
 from common.ipc.channel import Buffer
-from common.memory import runs
+from common.memory import compression, runs
+from common.memory.compression import MAX_UNIT_PAGES, Encoding, Method, check_packed, unpack
 from common.memory.layout import CHUNK_PAGES, PAGE_SIZE
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
 
 __all__ = [
     "BATCH_PAGES",
-    "MAX_BATCH_PAGES",
     "MAX_PAGES",
     "MAX_PAYLOAD",
     "MAX_RUNS",
@@ -38,15 +35,17 @@ __all__ = [
     "belongs",
     "check",
     "encode",
+    "flags",
     "lane_of",
+    "pack",
     "split_lanes",
+    "to_bits",
 ]
 
-BATCH_PAGES = 256  # pages with a payload: 1 MiB
-MAX_BATCH_PAGES = 1024  # the most of them that are accepted
+BATCH_PAGES = 256  # pages with a payload that is not copied, if nothing else is asked for: 1 MiB
 MAX_PAGES = 1 << 22  # pages of any kind: 16 GiB of holes, 512 KiB of zero bits
 MAX_RUNS = 1 << 16  # 1 MiB of run numbers
-MAX_PAYLOAD = MAX_BATCH_PAGES * PAGE_SIZE + MAX_BATCH_PAGES * PAGE_SIZE // 255 + 16  # packed: LZ4_COMPRESSBOUND
+MAX_PAYLOAD = MAX_UNIT_PAGES * PAGE_SIZE + MAX_UNIT_PAGES * PAGE_SIZE // 255 + 16  # packed: LZ4_COMPRESSBOUND
 # Pages looked at together: 64 MiB, so that a batch that is not full is rare, and zero pages fill no batches at all.
 _WINDOW_PAGES = 1 << 14
 # One word of each eighth of a page tells most pages that are not zero.
@@ -55,20 +54,15 @@ _SAMPLE = 64
 _MAX_PARTS = 64
 
 
-class Encoding(enum.IntEnum):
-    """How a payload is packed; the numbers are those on the wire."""
-
-    RAW = 1
-    LZ4 = 2
-
-
 @dataclass(slots=True)
 class PageBatch:
     """One message of a page lane.
 
-    `run_first` and `run_pages` are page numbers and counts; `zero` has a bit for each page in the order of the runs,
-    least significant first; `payload` is the bytes of the other pages in parts, which may be views of RAM as it
-    changes.
+    `run_first` and `run_pages` are page numbers and counts. `zero`, `unchanged`, `equal` and `delta` have a bit for
+    each page in the order of the runs, least significant first; all but `zero` may be empty. A page is zero, is what it
+    was before the batch, equals another as that was before the batch (the next one of `equal_to`), or has its bytes in
+    `payload`: those to be XORed with what it was, if its bit in `delta` is set, else its own. `payload` is in parts,
+    which may be views of RAM as it changes.
     """
 
     sequence: int
@@ -78,6 +72,10 @@ class PageBatch:
     run_pages: npt.NDArray[np.uint64]
     zero: bytes
     payload: Sequence[Buffer]
+    unchanged: bytes = b""
+    equal: bytes = b""
+    delta: bytes = b""
+    equal_to: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     @property
     def pages(self) -> int:
@@ -86,13 +84,53 @@ class PageBatch:
 
     @property
     def zero_pages(self) -> int:
-        """Number of pages without payload."""
-        return int(np.bitwise_count(np.frombuffer(self.zero, np.uint8)).sum(dtype=np.int64))
+        """Number of pages that are zero."""
+        return _count(self.zero)
+
+    @property
+    def unchanged_pages(self) -> int:
+        """Number of pages that are as they were."""
+        return _count(self.unchanged)
+
+    @property
+    def equal_pages(self) -> int:
+        """Number of pages that equal others."""
+        return _count(self.equal)
+
+    @property
+    def delta_pages(self) -> int:
+        """Number of pages of which the payload has the difference."""
+        return _count(self.delta)
+
+    @property
+    def payload_pages(self) -> int:
+        """Number of pages with a payload."""
+        return self.pages - self.zero_pages - self.unchanged_pages - self.equal_pages
 
     @property
     def payload_bytes(self) -> int:
         """Size of the payload as it is packed."""
         return sum(map(len, self.payload))
+
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of all pages."""
+        return runs.expand((self.run_first.astype(np.int64), self.run_pages.astype(np.int64)))
+
+
+def to_bits(found: npt.NDArray[np.bool_]) -> bytes:
+    """Return flags as bits, least significant first."""
+    return np.packbits(found, bitorder="little").tobytes()
+
+
+def flags(bits: bytes, count: int) -> npt.NDArray[np.bool_]:
+    """Return bits as `count` flags; no bits are none that is set."""
+    if not bits:
+        return np.zeros(count, np.bool_)
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count, bitorder="little").view(np.bool_)
+
+
+def _count(bits: bytes) -> int:
+    return int(np.bitwise_count(np.frombuffer(bits, np.uint8)).sum(dtype=np.int64))
 
 
 def lane_of(page: int, lanes: int) -> int:
@@ -101,9 +139,12 @@ def lane_of(page: int, lanes: int) -> int:
 
 
 def belongs(batch: PageBatch, lane: int, lanes: int) -> bool:
-    """Return whether all pages of a batch, checked or not, are of this lane."""
+    """Return whether all pages of a batch, checked or not, and all that it refers to, are of this lane."""
+    if lanes == 1:
+        return True
     first, last = batch.run_first // CHUNK_PAGES, (batch.run_first + batch.run_pages - np.uint64(1)) // CHUNK_PAGES
-    return lanes == 1 or bool(((first == last) & (first % lanes == lane)).all())
+    its = (first == last) & (first % lanes == lane)
+    return bool(its.all() and (batch.equal_to // CHUNK_PAGES % lanes == lane).all())
 
 
 def split_lanes(first: npt.NDArray[np.int64], count: npt.NDArray[np.int64], lanes: int) -> list[Runs]:
@@ -121,18 +162,18 @@ def encode(
     count: npt.NDArray[np.int64],
     *,
     round: int,  # noqa: A002 - the name that the field has everywhere
-    compress: bool,
     data: Runs | None = None,
     batch_pages: int = BATCH_PAGES,
+    copied: Callable[[], int] | None = None,
 ) -> Iterator[PageBatch]:
-    """Yield batches that carry the pages of ascending runs, each page once; their sequence is 0.
+    """Yield raw batches that carry the pages of ascending runs, each page once; their sequence is 0.
 
-    A batch has up to `batch_pages` (at most `MAX_BATCH_PAGES`) pages with a payload, of 4096 bytes before compression.
+    A batch has up to `batch_pages` (at most `MAX_UNIT_PAGES`) pages with a payload.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
     dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM: it is to be
-    serialized before the next one is asked for. With `compress`, a payload that lz4 does not shrink goes as it
-    is.
+    serialized before the next one is asked for. `copied` is asked before each batch how many pages it may copy: unless
+    that is 0, the payload is one piece of at most so many pages that no longer change, and may be packed.
     """
     wanted = (first, count)
     present = ram.data_runs(wanted) if data is None else runs.intersect(wanted, data)
@@ -140,17 +181,30 @@ def encode(
     for start in range(0, absent[0].size, MAX_RUNS):
         for window in _windows((absent[0][start : start + MAX_RUNS], absent[1][start : start + MAX_RUNS]), MAX_PAGES):
             yield _batch(round, window, _ones(runs.total(window)))
-    scratch = np.empty((batch_pages, PAGE_SIZE), np.uint8) if compress else None
     for window in _windows(present, _WINDOW_PAGES):
         pages = runs.expand(window)
         zero = _zero_pages(ram, pages)
-        # Zero pages go with the batch before them.
-        begins = [0, *np.flatnonzero(~zero)[batch_pages::batch_pages].tolist(), pages.size]
-        for begin, end in itertools.pairwise(begins):
+        filled = np.flatnonzero(~zero)
+        begin = full = 0
+        while begin < pages.size:
+            # A batch ends where the next page with a payload would be too many; zero pages go with the batch before.
+            copy = copied() if copied is not None else 0
+            full += copy or batch_pages
+            end = int(filled[full]) if full < filled.size else pages.size
             bits = zero[begin:end]
-            batch = _batch(round, runs.from_pages(pages[begin:end]), np.packbits(bits, bitorder="little").tobytes())
-            _fill(batch, ram, pages[begin:end][~bits], scratch)
+            batch = _batch(round, runs.from_pages(pages[begin:end]), to_bits(bits))
+            _fill(batch, ram, pages[begin:end][~bits], copied=copy > 0)
             yield batch
+            begin = end
+
+
+def pack(batch: PageBatch, method: Method) -> bool:
+    """Pack the payload of a batch that was copied; return False and leave it if that makes it no smaller."""
+    packed = compression.pack(memoryview(batch.payload[0]), method)
+    if packed is None:
+        return False
+    batch.encoding, batch.payload = method.encoding, (packed,)
+    return True
 
 
 def _batch(number: int, covered: Runs, zero: bytes) -> PageBatch:
@@ -191,20 +245,12 @@ def _zero_pages(ram: GuestRam, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.b
     return zero
 
 
-def _fill(batch: PageBatch, ram: GuestRam, pages: npt.NDArray[np.int64], scratch: npt.NDArray[np.uint8] | None) -> None:
-    """Give a batch its payload: the bytes of `pages`, through `scratch` (which is overwritten) if it is to be lz4."""
+def _fill(batch: PageBatch, ram: GuestRam, pages: npt.NDArray[np.int64], *, copied: bool) -> None:
+    """Give a batch its payload: the bytes of `pages`."""
     if not pages.size:
         return
-    if scratch is not None:
-        # lz4 gets a copy: what it makes of bytes that change while it looks at them is nothing that was ever in RAM.
-        block = scratch[: pages.size]
-        np.take(ram.pages, pages, axis=0, out=block, mode="clip")
-        packed = lz4.block.compress(block.reshape(-1).data, store_size=False)
-        if len(packed) < block.nbytes:
-            batch.encoding, batch.payload = Encoding.LZ4, (packed,)
-            return
     first, count = runs.from_pages(pages)
-    if first.size <= _MAX_PARTS:
+    if first.size <= _MAX_PARTS and not copied:
         starts = (first * PAGE_SIZE).tolist()
         ends = ((first + count) * PAGE_SIZE).tolist()
         batch.payload = [ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -215,8 +261,7 @@ def _fill(batch: PageBatch, ram: GuestRam, pages: npt.NDArray[np.int64], scratch
 def check(batch: PageBatch, pages_in_ram: int) -> None:
     """Raise `ValueError`, saying what is wrong, unless a batch may be applied to RAM of that many pages.
 
-    What an lz4 payload holds is known only when it is unpacked; here its size is checked against the most that as many
-    pages can need.
+    The payload itself is not looked at, only its size: it may be yet to come.
     """
     first, count = batch.run_first, batch.run_pages
     if first.size != count.size:
@@ -233,26 +278,36 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
     pages = batch.pages
     if pages > MAX_PAGES:
         raise ValueError(f"a batch has {pages} pages, more than {MAX_PAGES}")
-    if len(batch.zero) != (pages + 7) // 8:
-        raise ValueError(f"a batch of {pages} pages has {len(batch.zero)} bytes of zero bits, not {(pages + 7) // 8}")
-    if pages % 8 and batch.zero[-1] >> pages % 8:
-        raise ValueError(f"a batch of {pages} pages has a zero bit past the last one")
-    _check_payload(batch, (pages - batch.zero_pages) * PAGE_SIZE)
+    _check_bits(batch, pages)
+    if batch.equal_to.size != batch.equal_pages or bool((batch.equal_to >= limit).any()):
+        raise ValueError("a batch has pages that equal none, or one outside RAM")
+    full = batch.payload_pages
+    if full + batch.equal_pages > MAX_UNIT_PAGES:
+        raise ValueError(f"a batch has {full + batch.equal_pages} pages to be written, more than {MAX_UNIT_PAGES}")
+    check_packed(batch.encoding, batch.payload_bytes, full * PAGE_SIZE)
 
 
-def _check_payload(batch: PageBatch, expected: int) -> None:
-    size = batch.payload_bytes
-    if expected > MAX_BATCH_PAGES * PAGE_SIZE:
-        raise ValueError(f"a batch has {expected // PAGE_SIZE} pages with a payload, more than {MAX_BATCH_PAGES}")
-    if batch.encoding == Encoding.RAW:
-        if size != expected:
-            raise ValueError(f"a batch has {size} bytes of payload, not {expected}")
-    elif batch.encoding == Encoding.LZ4:
-        # LZ4_COMPRESSBOUND
-        if not 1 <= size <= expected + expected // 255 + 16 or not expected:
-            raise ValueError(f"a batch has {size} bytes of lz4 for {expected} bytes of pages")
-    else:
-        raise ValueError(f"a batch has the unknown encoding {batch.encoding}")
+def _check_bits(batch: PageBatch, pages: int) -> None:
+    size = (pages + 7) // 8
+    taken = np.zeros(size, np.uint8)
+    for name, bits in (
+        ("zero", batch.zero),
+        ("unchanged", batch.unchanged),
+        ("equal", batch.equal),
+        ("delta", batch.delta),
+    ):
+        if len(bits) != size and (bits or name == "zero"):
+            raise ValueError(f"a batch of {pages} pages has {len(bits)} bytes of {name} bits, not {size}")
+        if bits and pages % 8 and bits[-1] >> pages % 8:
+            raise ValueError(f"a batch of {pages} pages has a bit of {name} past the last one")
+        if bits:
+            if (taken & np.frombuffer(bits, np.uint8)).any():
+                raise ValueError(f"a batch has a page that is {name} and something else")
+            taken |= np.frombuffer(bits, np.uint8)
+
+
+def _joined(payload: Sequence[Buffer]) -> Buffer:
+    return payload[0] if len(payload) == 1 else b"".join(payload)
 
 
 class Applier:
@@ -286,26 +341,37 @@ class Applier:
             self._clear(covered)
             return pages, zero_pages
         numbers = runs.expand(covered)
-        cleared = None
-        if zero_pages:
-            zero = np.unpackbits(np.frombuffer(batch.zero, np.uint8), count=pages, bitorder="little").view(np.bool_)
-            cleared, numbers = runs.from_pages(numbers[zero]), numbers[~zero]
-        places = runs.from_pages(numbers)
+        zero, unchanged, equal, delta = (
+            flags(bits, pages) for bits in (batch.zero, batch.unchanged, batch.equal, batch.delta)
+        )
+        equal_to = batch.equal_to.astype(np.int64)
+        if not (self._written[numbers[unchanged | delta]].all() and self._written[equal_to].all()):
+            raise ValueError("a batch refers to a page that is zero, or was never sent")
+        whole = ~(zero | unchanged | equal)
+        filled = numbers[whole]
+        places = runs.from_pages(filled)
         payload = None
-        if receive is None or batch.encoding != Encoding.RAW or places[0].size > _MAX_PARTS:
+        if receive is None or batch.encoding != Encoding.RAW or batch.delta or places[0].size > _MAX_PARTS:
             if receive is not None:
                 receive([memoryview(part) for part in batch.payload])
-            payload = self._unpack(batch, numbers.size)
-        if cleared is not None:
-            self._clear(cleared)
-        self._written[numbers] = True
+            payload = self._unpack(batch, filled.size)
+        # All that is referred to is read before anything is written.
+        others = self._ram.pages[equal_to]
+        if payload is not None and batch.delta:
+            payload = payload.copy()
+            payload[delta[whole]] ^= self._ram.pages[numbers[delta]]
+        if zero_pages:
+            self._clear(runs.from_pages(numbers[zero]))
+        written = numbers[whole | equal]
+        self._written[written] = True
         try:
             if payload is not None:
-                self._store(numbers, places, payload)
+                self._store(filled, places, payload)
             elif receive is not None:
                 receive(self._views(places))
+            self._store(numbers[equal], runs.from_pages(numbers[equal]), others)
         finally:
-            self._changed(numbers)
+            self._changed(written)
         return pages, zero_pages
 
     def _views(self, places: Runs) -> list[memoryview]:
@@ -314,16 +380,8 @@ class Applier:
         return [self._ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def _unpack(self, batch: PageBatch, pages: int) -> npt.NDArray[np.uint8]:
-        packed = batch.payload[0] if len(batch.payload) == 1 else b"".join(batch.payload)
-        if batch.encoding == Encoding.LZ4:
-            size = pages * PAGE_SIZE
-            try:
-                packed = lz4.block.decompress(packed, uncompressed_size=size)
-            except lz4.block.LZ4BlockError as error:
-                raise ValueError(f"a batch's payload is not lz4 of {size} bytes: {error}") from error
-            if len(packed) != size:
-                raise ValueError(f"a batch's payload unpacks to {len(packed)} bytes, not {size}")
-        return np.frombuffer(packed, np.uint8).reshape(-1, PAGE_SIZE)
+        size = pages * PAGE_SIZE
+        return np.frombuffer(unpack(batch.encoding, _joined(batch.payload), size), np.uint8).reshape(-1, PAGE_SIZE)
 
     def _store(self, numbers: npt.NDArray[np.int64], places: Runs, payload: npt.NDArray[np.uint8]) -> None:
         first, count = places

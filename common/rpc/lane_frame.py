@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.ipc.channel import Buffer
+from common.memory.compression import MAX_UNIT_PAGES
 from common.memory.pages import MAX_PAGES, MAX_PAYLOAD, MAX_RUNS, PageBatch
 
 __all__ = [
@@ -38,7 +39,7 @@ MAX_REASON = 1024
 _MAGIC = b"SWPL"
 _VERSION = 1
 _HELLO = struct.Struct(f"<4sI{TOKEN_SIZE}s")
-_HEADER = struct.Struct("<QIIIIQ")
+_HEADER = struct.Struct("<QIIIIQIIII")
 _ACK = struct.Struct("<Q")
 _REFUSED = 0xFFFF_FFFF_FFFF_FFFF
 _REASON = struct.Struct("<H")
@@ -64,22 +65,40 @@ class Header:
     runs: int
     zero_bytes: int
     payload_bytes: int
+    unchanged_bytes: int
+    equal_bytes: int
+    delta_bytes: int
+    equal_to: int
 
     @property
     def body_bytes(self) -> int:
-        """Size of run numbers and zero bits, which come before the payload."""
-        return self.runs * 16 + self.zero_bytes
+        """Size of page numbers and bits, which come before the payload."""
+        return self.runs * 16 + self.equal_to * 8 + sum(self._bits)
+
+    @property
+    def _bits(self) -> tuple[int, int, int, int]:
+        return self.zero_bytes, self.unchanged_bytes, self.equal_bytes, self.delta_bytes
 
     def batch(self, body: bytes, payload: Sequence[Buffer]) -> PageBatch:
         """Return the batch that has this header."""
+        end = self.runs * 16 + self.equal_to * 8
+        bits = []
+        for size in self._bits:
+            bits.append(body[end : end + size])
+            end += size
+        zero, unchanged, equal, delta = bits
         return PageBatch(
             sequence=self.sequence,
             round=self.round,
             encoding=self.encoding,
             run_first=np.frombuffer(body, "<u8", self.runs),
             run_pages=np.frombuffer(body, "<u8", self.runs, self.runs * 8),
-            zero=body[self.runs * 16 :],
+            zero=zero,
             payload=payload,
+            unchanged=unchanged,
+            equal=equal,
+            delta=delta,
+            equal_to=np.frombuffer(body, "<u8", self.equal_to, self.runs * 16),
         )
 
 
@@ -100,11 +119,16 @@ def parse_hello(data: Buffer) -> bytes:
 
 def pack_batch(batch: PageBatch) -> list[Buffer]:
     """Return a batch in parts; those of the payload are its own."""
+    bits = (batch.zero, batch.unchanged, batch.equal, batch.delta)
     header = _HEADER.pack(
-        batch.sequence, batch.round, batch.encoding, batch.run_first.size, len(batch.zero), batch.payload_bytes
+        *(batch.sequence, batch.round, batch.encoding, batch.run_first.size, len(batch.zero), batch.payload_bytes),
+        *(*map(len, bits[1:]), batch.equal_to.size),
     )
-    numbers = (words.astype("<u8", copy=False).tobytes() for words in (batch.run_first, batch.run_pages))
-    return [b"".join((header, *numbers, batch.zero)), *batch.payload]
+    words = (batch.run_first, batch.run_pages, batch.equal_to)
+    return [
+        b"".join((header, *(numbers.astype("<u8", copy=False).tobytes() for numbers in words), *bits)),
+        *batch.payload,
+    ]
 
 
 def pack_end() -> bytes:
@@ -119,8 +143,12 @@ def parse_header(data: Buffer) -> Header | None:
         return None
     if header.runs > MAX_RUNS:
         raise ValueError(f"a batch has {header.runs} runs, more than {MAX_RUNS}")
-    if header.zero_bytes > MAX_PAGES // 8:
-        raise ValueError(f"a batch has {header.zero_bytes} bytes of zero bits, more than {MAX_PAGES // 8}")
+    bits = ("zero", header.zero_bytes), ("unchanged", header.unchanged_bytes)
+    for name, size in (*bits, ("equal", header.equal_bytes), ("delta", header.delta_bytes)):
+        if size > MAX_PAGES // 8:
+            raise ValueError(f"a batch has {size} bytes of {name} bits, more than {MAX_PAGES // 8}")
+    if header.equal_to > MAX_UNIT_PAGES:
+        raise ValueError(f"a batch has {header.equal_to} pages that equal others, more than {MAX_UNIT_PAGES}")
     if header.payload_bytes > MAX_PAYLOAD:
         raise ValueError(f"a batch has {header.payload_bytes} bytes of payload, more than {MAX_PAYLOAD}")
     return header

@@ -7,6 +7,8 @@ reads and writes the same: migration.proto is the contract.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,7 +20,9 @@ __all__ = ["parse", "serialize"]
 # Wire types.
 _VARINT, _I64, _LEN, _START_GROUP, _END_GROUP, _I32 = range(6)
 # Field numbers.
-_SEQUENCE, _ROUND, _ENCODING, _RUN_FIRST, _RUN_PAGES, _ZERO, _PAYLOAD = range(1, 8)
+_SEQUENCE, _ROUND, _ENCODING, _RUN_FIRST, _RUN_PAGES, _ZERO, _PAYLOAD, _UNCHANGED, _DELTA, _EQUAL, _EQUAL_TO = range(
+    1, 12
+)
 _MAX_GROUP_DEPTH = 100
 
 
@@ -28,15 +32,25 @@ def serialize(batch: PageBatch) -> bytes:
     for number, value in ((_SEQUENCE, batch.sequence), (_ROUND, batch.round), (_ENCODING, batch.encoding)):
         if value:
             parts.append(_varint(number << 3 | _VARINT) + _varint(value))
-    for number, words in ((_RUN_FIRST, batch.run_first), (_RUN_PAGES, batch.run_pages)):
-        if words.size:
-            parts += (_length(number, words.size * 8), words.astype("<u8", copy=False).tobytes())
-    if batch.zero:
-        parts += (_length(_ZERO, len(batch.zero)), batch.zero)
-    size = batch.payload_bytes
-    if size:
-        parts += (_length(_PAYLOAD, size), *batch.payload)
+    _append_words(parts, _RUN_FIRST, batch.run_first)
+    _append_words(parts, _RUN_PAGES, batch.run_pages)
+    _append_bytes(parts, _ZERO, (batch.zero,))
+    _append_bytes(parts, _PAYLOAD, batch.payload)
+    _append_bytes(parts, _UNCHANGED, (batch.unchanged,))
+    _append_bytes(parts, _DELTA, (batch.delta,))
+    _append_bytes(parts, _EQUAL, (batch.equal,))
+    _append_words(parts, _EQUAL_TO, batch.equal_to)
     return b"".join(parts)
+
+
+def _append_words(parts: list[Buffer], number: int, words: npt.NDArray[np.uint64]) -> None:
+    if words.size:
+        parts += (_length(number, words.size * 8), words.astype("<u8", copy=False).tobytes())
+
+
+def _append_bytes(parts: list[Buffer], number: int, pieces: Sequence[Buffer]) -> None:
+    if size := sum(map(len, pieces)):
+        parts += (_length(number, size), *pieces)
 
 
 def _varint(value: int) -> bytes:
@@ -74,8 +88,8 @@ class _Parser:
 
     def batch(self) -> PageBatch:
         numbers = [0, 0, 0, 0]
-        words: dict[int, list[memoryview]] = {_RUN_FIRST: [], _RUN_PAGES: []}
-        chunks = {_ZERO: self._view[:0], _PAYLOAD: self._view[:0]}
+        words: dict[int, list[memoryview]] = {_RUN_FIRST: [], _RUN_PAGES: [], _EQUAL_TO: []}
+        chunks = dict.fromkeys((_ZERO, _PAYLOAD, _UNCHANGED, _DELTA, _EQUAL), self._view[:0])
         while self._position < self._end:
             number, kind = self._tag()
             if kind == _VARINT and number in (_SEQUENCE, _ROUND, _ENCODING):
@@ -101,6 +115,10 @@ class _Parser:
             run_pages=_words(words[_RUN_PAGES]),
             zero=bytes(chunks[_ZERO]),
             payload=(chunks[_PAYLOAD],) if chunks[_PAYLOAD] else (),
+            unchanged=bytes(chunks[_UNCHANGED]),
+            equal=bytes(chunks[_EQUAL]),
+            delta=bytes(chunks[_DELTA]),
+            equal_to=_words(words[_EQUAL_TO]),
         )
 
     def _tag(self) -> tuple[int, int]:

@@ -88,7 +88,7 @@ def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, caps
     host = FakeHost(story(result()))
     with Serving(host) as address:
         options = "--max-downtime 20ms --bandwidth 1Gbit/s --verify deferred --timeout 1m --max-rounds 9 --lanes 2"
-        flags = "--lane-kind tcp --on-timeout switch-over --auto-converge --compress --on-mismatch continue --json"
+        flags = "--lane-kind tcp --on-timeout switch-over --auto-converge --compress zstd --on-mismatch continue --json"
         arguments = ("migrate", "--source", address, "--destination", "b:1", *options.split(), *flags.split())
         assert switchover(monkeypatch, *arguments) == 0
     assert host.requests[0] == pb.MigrateRequest(
@@ -102,7 +102,7 @@ def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, caps
         auto_converge=True,
         lanes=2,
         lane_kind=LaneKind.LANE_KIND_TCP,
-        compress=True,
+        compression=pb.Compression.COMPRESSION_ZSTD,
         continue_on_mismatch=True,
     )
     streams = capsys.readouterr()
@@ -121,6 +121,7 @@ def test_migrate_without_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         on_timeout=pb.OnTimeout.ON_TIMEOUT_CANCEL,
         lanes=1,
         lane_kind=LaneKind.LANE_KIND_GRPC,
+        compression=pb.Compression.COMPRESSION_OFF,
     )
     assert "too many dirty pages [NOT_CONVERGED]" in capsys.readouterr().out
 

@@ -278,7 +278,10 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     for connection in made.connections.values():
         connection.close()
     made.host.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lane")]
+    for thread in threading.enumerate():
+        if thread.name.startswith("lane"):  # the one that has ended the session ends after it
+            thread.join(10)
+            assert not thread.is_alive()
     made.machine.memory.close()
 
 

@@ -36,7 +36,7 @@ from common.machine.attachments import read_attachments
 from common.machine.fields import ConfigError
 from common.machine.pci_config import guest_registers
 from common.memory.layout import PAGE_SIZE
-from common.memory.pages import Applier, Encoding
+from common.memory.pages import Applier, Encoding, PageBatch
 from common.memory.ram import GuestRam
 from common.rpc.errors import RefusalError, status_of
 from common.rpc.page_batch import parse as parse_batch
@@ -123,6 +123,8 @@ def page_batch(data: bytes) -> None:
     expect(
         (batch.sequence, batch.round, batch.encoding, batch.zero, b"".join(batch.payload))
         == (message.sequence, message.round, message.encoding, message.zero, message.payload)
+        and (batch.unchanged, batch.equal, batch.delta) == (message.unchanged, message.equal, message.delta)
+        and batch.equal_to.tolist() == list(message.equal_to)
         and batch.run_first.tolist() == list(message.run_first)
         and batch.run_pages.tolist() == list(message.run_pages),
         "protobuf and we read different batches",
@@ -130,8 +132,15 @@ def page_batch(data: bytes) -> None:
     its = ram_of_batches()
     pages = its.ram.layout.pages
     named = np.zeros(pages, np.bool_)
+    applier = Applier(its.ram)
+    # Something to refer to.
+    applier.apply(
+        PageBatch(
+            1, 0, Encoding.RAW, *np.array([[3], [1]], np.uint64), b"\0", [its.before[3 * PAGE_SIZE :][:PAGE_SIZE].data]
+        )
+    )
     try:
-        Applier(its.ram).apply(batch)
+        applier.apply(batch)
     except ValueError:
         pass
     else:

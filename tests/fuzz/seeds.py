@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 import lz4.block
+import zstandard
 from decoders import KINDS, KNOBS, answers_of
 from google.protobuf.message import Message
 from switchover.v1 import migration_pb2
@@ -44,7 +45,16 @@ def page_batches() -> dict[str, bytes]:
     holes = migration_pb2.SendPagesRequest(
         sequence=3, encoding=1, run_first=[0, 512], run_pages=[100, 512], zero=b"\xff" * 76 + b"\x0f"
     )
-    return {"raw": raw.SerializeToString(), "lz4": lz4_.SerializeToString(), "holes": holes.SerializeToString()}
+    zstd = migration_pb2.SendPagesRequest(
+        sequence=2, encoding=3, run_first=[0], run_pages=[3], zero=b"\x00", payload=zstandard.compress(page * 3)
+    )
+    references = migration_pb2.SendPagesRequest(
+        sequence=4, round=2, encoding=1, run_first=[3, 8], run_pages=[1, 3], zero=b"\x00", payload=page
+    )
+    references.delta, references.equal, references.unchanged = b"\x01", b"\x0e", b""
+    references.equal_to.extend([3, 3, 3])
+    batches = {"raw": raw, "lz4": lz4_, "zstd": zstd, "holes": holes, "references": references}
+    return {name: batch.SerializeToString() for name, batch in batches.items()}
 
 
 def feature(number: int, operation: int, payload: bytes = b"", room: int = 0) -> bytes:

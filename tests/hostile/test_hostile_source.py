@@ -15,6 +15,7 @@ from functools import partial
 import grpc
 import lz4.block
 import pytest
+import zstandard
 from hostile_source import VCPU, HostileSource, for_ever, page, refused
 from rig import Daemon, Rig, assert_completed, machine_toml, wait_for
 from switchover.v1 import host_pb2, host_pb2_grpc
@@ -215,6 +216,14 @@ CHEATS: dict[str, tuple[Cheat, set[str]]] = {
     "a lane without a number": (pages(page(0), lane="x"), BAD),
     "a bomb": (pages(batch(encoding=2, zero=b"\0", payload=packed(255 << 20))), BAD),
     "a bomb in its place": (pages(batch(encoding=2, zero=b"\0", payload=packed(1 << 20)[:4000])), BAD),
+    "a bomb of zstd": (pages(batch(encoding=3, zero=b"\0", payload=zstandard.compress(bytes(255 << 20)))), BAD),
+    "a page as it was never sent": (pages(batch(zero=b"\0", unchanged=b"\1")), BAD),
+    "a difference to what was never sent": (pages(batch(zero=b"\0", delta=b"\1", payload=bytes(4096))), BAD),
+    "a page that equals none": (pages(batch(zero=b"\0", equal=b"\1", equal_to=[1 << 63])), BAD),
+    "a page that equals one of another lane": (
+        pages(page(0), batch(sequence=2, run_first=[1], zero=b"\0", equal=b"\1", equal_to=[512]), lanes=2),
+        BAD,
+    ),
     "no message": (pages(b"\xff" * 1000), BAD),
     "a message that is too long": (pages(bytes(65 << 20)), {"RESOURCE_EXHAUSTED"}),
     "a description of 2 MiB": (prepares(machine_json=" " * (2 << 20)), BAD),

@@ -121,7 +121,11 @@ def test_ram_above_4_gib(rig: Rig, image: Path) -> None:
         ("--lane-kind", "tcp", "--lanes", "2"),
         *(
             pytest.param(options, marks=pytest.mark.matrix)
-            for options in (("--verify", "off"), ("--compress",), ("--lane-kind", "tcp", "--compress"))
+            for options in (
+                ("--verify", "off"),
+                *(("--compress", how) for how in ("lz4", "zstd", "auto")),
+                ("--lane-kind", "tcp", "--compress", "zstd"),
+            )
         ),
     ],
 )

@@ -24,6 +24,10 @@ messages = st.builds(
     run_pages=words,
     zero=st.binary(max_size=200),
     payload=st.binary(max_size=20_000),
+    unchanged=st.binary(max_size=200),
+    delta=st.binary(max_size=200),
+    equal=st.binary(max_size=200),
+    equal_to=words,
 )
 
 
@@ -36,6 +40,10 @@ def batch_of(message: SendPagesRequest, payload: list[bytes]) -> PageBatch:
         np.array(message.run_pages, np.uint64),
         message.zero,
         payload,
+        message.unchanged,
+        message.equal,
+        message.delta,
+        np.array(message.equal_to, np.uint64),
     )
 
 

@@ -1,21 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import lz4.block
 import numpy as np
 import numpy.typing as npt
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.memory import pages as codec
 from common.memory import runs
+from common.memory.compression import MAX_UNIT_PAGES, METHODS, NONE, ZSTD, Method
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
-from common.memory.pages import BATCH_PAGES, Applier, Encoding, PageBatch, check, encode, lane_of, split_lanes
+from common.memory.pages import BATCH_PAGES, Applier, Encoding, PageBatch, check, encode, lane_of, pack, split_lanes
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
+from common.rpc.page_batch import parse, serialize
 
 CHUNKS = 4
 PAGES = CHUNKS * CHUNK_PAGES
@@ -41,16 +43,12 @@ def everything(ram: GuestRam) -> Runs:
     return runs.one(0, ram.layout.pages)
 
 
-def snapshot(batch: PageBatch) -> PageBatch:
-    """A batch as it is after the wire: its payload in one piece that no longer changes."""
-    payload = b"".join(batch.payload)
-    return replace(batch, payload=(payload,) if payload else ())
-
-
-def send(source: GuestRam, applier: Applier, wanted: Runs, *, compress: bool = False) -> list[PageBatch]:
+def send(source: GuestRam, applier: Applier, wanted: Runs, method: Method = NONE) -> list[PageBatch]:
     batches = []
-    for batch in encode(source, *wanted, round=3, compress=compress):
-        sent = snapshot(batch)
+    for batch in encode(source, *wanted, round=3, copied=lambda: 0 if method is NONE else method.unit_pages):
+        if method is not NONE and batch.payload:
+            pack(batch, method)
+        sent = parse(serialize(batch))
         check(sent, source.layout.pages)
         assert applier.apply(sent) == (sent.pages, sent.zero_pages)
         batches.append(sent)
@@ -63,9 +61,17 @@ def covered(batches: list[PageBatch]) -> list[int]:
 
 
 def batch_of(
-    first: list[int], count: list[int], zero: bytes, payload: bytes = b"", encoding: int = Encoding.RAW
+    first: list[int],
+    count: list[int],
+    zero: bytes,
+    payload: bytes = b"",
+    encoding: int = Encoding.RAW,
+    *,
+    equal_to: Sequence[int] = (),
+    **bits: bytes,
 ) -> PageBatch:
-    return PageBatch(1, 0, encoding, np.array(first, np.uint64), np.array(count, np.uint64), zero, (payload,))
+    numbers = (np.array(words, np.uint64) for words in (first, count))
+    return PageBatch(1, 0, encoding, *numbers, zero, (payload,), equal_to=np.array(equal_to, np.uint64), **bits)
 
 
 # What a page of the source is in a step: untouched, zeros written, text, noise, or one byte at some place.
@@ -93,9 +99,9 @@ def write(ram: GuestRam, seed: int, edits: list[tuple[int, int, int, str]]) -> s
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(writes, min_size=1, max_size=3), st.booleans(), st.integers(1, 3))
+@given(st.lists(writes, min_size=1, max_size=3), st.sampled_from(METHODS), st.integers(1, 3))
 def test_rounds_make_the_target_equal_to_the_source(
-    steps: list[list[tuple[int, int, int, str]]], compress: bool, lanes: int
+    steps: list[list[tuple[int, int, int, str]]], method: Method, lanes: int
 ) -> None:
     with GuestRam.create(CHUNKS * CHUNK_SIZE) as source, GuestRam.create(CHUNKS * CHUNK_SIZE) as target:
         applier = Applier(target)
@@ -104,9 +110,7 @@ def test_rounds_make_the_target_equal_to_the_source(
             touched = write(source, number, edits)
             wanted = everything(source) if number == 0 else runs.from_pages(np.array(sorted(touched), np.int64))
             allocated = source.allocated_bytes
-            batches = [
-                b for part in split_lanes(*wanted, lanes) for b in send(source, applier, part, compress=compress)
-            ]
+            batches = [b for part in split_lanes(*wanted, lanes) for b in send(source, applier, part, method)]
             assert covered(batches) == runs.expand(wanted).tolist()
             assert source.allocated_bytes == allocated
             nonzero_once |= set(np.flatnonzero(source.pages[sorted(touched)].any(axis=1)).tolist())
@@ -147,14 +151,14 @@ def test_holes_are_never_read_and_stay_holes() -> None:
 def test_pages_outside_the_given_data_runs_are_not_read(source: GuestRam) -> None:
     source.pages[7] = 1
     source.pages[9] = 2
-    (first, second) = encode(source, *runs.one(6, 5), round=0, compress=False, data=runs.one(9, 1))
+    (first, second) = encode(source, *runs.one(6, 5), round=0, data=runs.one(9, 1))
     assert covered([first]) == [6, 7, 8, 10] and first.zero == b"\x0f"
     assert covered([second]) == [9] and b"".join(second.payload) == b"\x02" * PAGE_SIZE
 
 
 def test_contiguous_pages_are_slices_of_ram(source: GuestRam) -> None:
     source.pages[:300] = 1
-    first, second = encode(source, *runs.one(0, 300), round=0, compress=False)
+    first, second = encode(source, *runs.one(0, 300), round=0)
     assert [len(part) for part in first.payload] == [BATCH_PAGES * PAGE_SIZE]
     assert first.payload_bytes == BATCH_PAGES * PAGE_SIZE and first.pages == BATCH_PAGES
     assert second.pages == 300 - BATCH_PAGES
@@ -165,7 +169,7 @@ def test_contiguous_pages_are_slices_of_ram(source: GuestRam) -> None:
 def test_zero_pages_fill_no_batches(source: GuestRam) -> None:
     source.populate(0, PAGES)
     source.pages[PAGES - 1, 100] = 1
-    (batch,) = encode(source, *everything(source), round=0, compress=False)
+    (batch,) = encode(source, *everything(source), round=0)
     assert (batch.pages, batch.zero_pages, batch.payload_bytes) == (PAGES, PAGES - 1, PAGE_SIZE)
 
 
@@ -173,25 +177,36 @@ def test_zero_pages_fill_no_batches(source: GuestRam) -> None:
 def test_a_single_bit_anywhere_makes_a_page_not_zero(source: GuestRam, word: int) -> None:
     source.populate(0, 4)
     source.words[2, word] = 1 << 63
-    (batch,) = encode(source, *runs.one(0, 4), round=0, compress=False)
+    (batch,) = encode(source, *runs.one(0, 4), round=0)
     assert batch.zero == bytes([0b1011])
 
 
-def test_lz4_is_used_where_it_helps(source: GuestRam, target: GuestRam) -> None:
-    source.pages[:BATCH_PAGES] = 7
-    source.bytes[BATCH_PAGES * PAGE_SIZE : 2 * BATCH_PAGES * PAGE_SIZE] = noise(1, BATCH_PAGES * PAGE_SIZE)
-    first, second = send(source, Applier(target), runs.one(0, 2 * BATCH_PAGES), compress=True)
-    assert first.encoding == Encoding.LZ4 and first.payload_bytes < PAGE_SIZE * 2
-    assert second.encoding == Encoding.RAW and second.payload_bytes == BATCH_PAGES * PAGE_SIZE
-    assert np.array_equal(source.pages[: 2 * BATCH_PAGES], target.pages[: 2 * BATCH_PAGES])
+@pytest.mark.parametrize("method", METHODS[1:], ids=lambda method: method.name)
+def test_pages_are_packed_where_it_helps(source: GuestRam, target: GuestRam, method: Method) -> None:
+    unit = method.unit_pages
+    source.pages[:unit] = 7
+    source.bytes[unit * PAGE_SIZE : 2 * unit * PAGE_SIZE] = noise(1, unit * PAGE_SIZE)
+    first, second = send(source, Applier(target), runs.one(0, 2 * unit), method)
+    assert first.encoding == method.encoding and first.payload_bytes < unit * PAGE_SIZE // 100
+    assert second.encoding == Encoding.RAW and second.payload_bytes == unit * PAGE_SIZE
+    assert np.array_equal(source.pages[: 2 * unit], target.pages[: 2 * unit])
+
+
+def test_what_is_packed_is_a_copy(source: GuestRam, target: GuestRam) -> None:
+    source.pages[:300] = 1
+    sizes = iter([256, 0, 0])
+    first, second = encode(source, *runs.one(0, 300), round=0, copied=lambda: next(sizes))
+    source.pages[:300] = 2
+    pack(first, ZSTD)
+    for batch in (first, second):
+        Applier(target).apply(parse(serialize(batch)))
+    assert (target.pages[:256] == 1).all() and (target.pages[256:300] == 2).all()
 
 
 def test_every_batch_knows_its_round(source: GuestRam) -> None:
     source.pages[3] = 1
-    assert [(batch.round, batch.sequence) for batch in encode(source, *everything(source), round=4, compress=True)] == [
-        (4, 0),
-        (4, 0),
-    ]
+    batches = list(encode(source, *everything(source), round=4, copied=lambda: 1))
+    assert [(batch.round, batch.sequence) for batch in batches] == [(4, 0), (4, 0)]
 
 
 @settings(deadline=None)
@@ -231,7 +246,21 @@ def test_generations_count_the_batches_that_changed_a_chunk(target: GuestRam) ->
 
 
 PAGE = b"\x01" * PAGE_SIZE
-OVER = BATCH_PAGES + 1
+OVER = MAX_UNIT_PAGES + 1
+NONE_SET, ALL_SET = bytes(OVER // 8 + 1), b"\xff" * (OVER // 8) + b"\x01"
+
+
+def zstd(data: bytes, **parameters: int) -> bytes:
+    made = zstandard.ZstdCompressionParameters(**{"compression_level": 1, "write_content_size": 1, **parameters})
+    return zstandard.ZstdCompressor(compression_params=made).compress(data)
+
+
+FRAME = zstd(PAGE)
+BOMB = zstd(bytes(64 << 20))
+# A frame that holds 2048 bytes for other programs, and no pages.
+SKIPPABLE = b"\x50\x2a\x4d\x18" + PAGE_SIZE.to_bytes(4, "little")[:2] + b"\0\0" + bytes(2048)
+# A window of 8 MiB, a content of 4096 bytes, and in its block one byte so often.
+LONG_WINDOW = bytes.fromhex("28b52ffd 40 68 000f 038000 01")
 WRONG = {
     "runs": batch_of([], [], b""),
     "first pages but": batch_of([1, 2], [1], b"\0", PAGE),
@@ -248,7 +277,7 @@ WRONG = {
     "4095 bytes of payload": batch_of([1], [1], b"\0", PAGE[1:]),
     "bytes of payload, not 0": batch_of([1], [1], b"\x01", PAGE),
     "8192 bytes of payload, not 4096": batch_of([1], [1], b"\0", PAGE * 2),
-    "more than 256": batch_of([0], [OVER], b"\0" * (OVER // 8 + 1), PAGE * OVER),
+    "more than 1024": batch_of([0], [OVER], NONE_SET, PAGE * OVER),
     "unknown encoding 0": batch_of([1], [1], b"\0", PAGE, 0),
     "unknown encoding -1": batch_of([1], [1], b"\0", PAGE, -1),
     "lz4 for 4096": batch_of([1], [1], b"\0", PAGE * 2, Encoding.LZ4),
@@ -257,6 +286,29 @@ WRONG = {
     "not lz4": batch_of([1], [1], b"\0", b"\xff\xff\xff", Encoding.LZ4),
     "unpacks to 4095": batch_of([1], [1], b"\0", lz4.block.compress(PAGE[1:], store_size=False), Encoding.LZ4),
     "is not lz4 of": batch_of([1], [1], b"\0", lz4.block.compress(PAGE * 2, store_size=False), Encoding.LZ4),
+    "0 bytes of zstd": batch_of([1], [1], b"\0", b"", Encoding.ZSTD),
+    "zstd for 0": batch_of([1], [1], b"\x01", FRAME, Encoding.ZSTD),
+    "4096 bytes of zstd": batch_of([1], [1], b"\0", PAGE, Encoding.ZSTD),
+    "payload is not zstd:": batch_of([1], [1], b"\0", PAGE[1:], Encoding.ZSTD),
+    "unpacks to 67108864 bytes, not 4096": batch_of([1], [1], b"\0", BOMB, Encoding.ZSTD),
+    "unpacks to 8192 bytes, not 4096": batch_of([1], [1], b"\0", zstd(PAGE * 2), Encoding.ZSTD),
+    "is not zstd of 4096 bytes": batch_of([1], [1], b"\0", SKIPPABLE, Encoding.ZSTD),
+    "unpacks to 18446744073709551615": batch_of([1], [1], b"\0", zstd(PAGE, write_content_size=0), Encoding.ZSTD),
+    "not zstd of": batch_of([1], [1], b"\0", FRAME[:-1], Encoding.ZSTD),
+    "unused data": batch_of([1], [1], b"\0", FRAME + b"\0", Encoding.ZSTD),
+    "2 bytes of unchanged bits, not 1": batch_of([1], [1], b"\0", PAGE, unchanged=b"\0\0"),
+    "bit of equal past": batch_of([1], [1], b"\0", PAGE, equal=b"\x02"),
+    "bit of delta past": batch_of([1], [1], b"\0", PAGE, delta=b"\x02"),
+    "unchanged and something else": batch_of([1], [1], b"\x01", unchanged=b"\x01"),
+    "delta and something else": batch_of([1], [1], b"\0", unchanged=b"\x01", delta=b"\x01"),
+    "equal none": batch_of([1], [1], b"\0", equal=b"\x01"),
+    "equal none, or": batch_of([1], [1], b"\0", PAGE, equal_to=[1]),
+    "or one outside RAM": batch_of([1], [1], b"\0", equal=b"\x01", equal_to=[PAGES]),
+    "1025 pages to be written": batch_of([0], [OVER], NONE_SET, equal=ALL_SET, equal_to=[1] * OVER),
+    "refers to a page that is zero": batch_of([1], [1], b"\0", unchanged=b"\x01"),
+    "or was never sent": batch_of([1], [1], b"\0", equal=b"\x01", equal_to=[2]),
+    "refers to a page": batch_of([1], [1], b"\0", PAGE, delta=b"\x01"),
+    "wants a window": batch_of([1], [1], b"\0", LONG_WINDOW, Encoding.ZSTD),
 }
 
 
@@ -280,7 +332,7 @@ def test_a_batch_may_not_cover_more_than_the_limit() -> None:
 def test_many_scattered_holes_are_many_batches() -> None:
     with GuestRam.create(1 << 40) as ram:
         first = np.arange(0, 4 * codec.MAX_RUNS, 2, dtype=np.int64)
-        batches = list(encode(ram, first, np.ones_like(first), round=0, compress=False))
+        batches = list(encode(ram, first, np.ones_like(first), round=0))
         assert [batch.run_first.size for batch in batches] == [codec.MAX_RUNS, codec.MAX_RUNS]
         for batch in batches:
             check(batch, ram.layout.pages)

@@ -139,3 +139,14 @@ def test_views_outlive_close() -> None:
     assert view.sum() == 5 * 2 * PAGE_SIZE
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_mapping_data_changes_nothing_and_allocates_nothing() -> None:
+    with GuestRam.create(8 << 20) as ram:
+        ram.bytes[5 * PAGE_SIZE] = 7
+        ram.bytes[1000 * PAGE_SIZE] = 9
+        before = ram.allocated_bytes
+        with GuestRam.attach(os.dup(ram.fd), writable=False) as other:
+            other.map_data(other.data_runs())
+            assert (other.bytes[5 * PAGE_SIZE], other.bytes[1000 * PAGE_SIZE]) == (7, 9)
+        assert ram.allocated_bytes == before == 2 * PAGE_SIZE

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.memory.compression import MAX_UNIT_PAGES
 from common.memory.pages import MAX_PAGES, MAX_PAYLOAD, MAX_RUNS, PageBatch
 from common.rpc.lane_frame import (
     HEADER_SIZE,
@@ -25,9 +26,12 @@ from common.rpc.lane_frame import (
     parse_hello,
 )
 
+BITS = MAX_PAGES // 8
+LARGEST = MAX_RUNS * 16 + 4 * BITS + MAX_UNIT_PAGES * 8
+
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 batches = st.builds(
-    lambda sequence, number, encoding, runs, zero, payload: PageBatch(
+    lambda sequence, number, encoding, runs, zero, payload, bits, equal_to: PageBatch(
         sequence,
         number,
         encoding,
@@ -35,6 +39,8 @@ batches = st.builds(
         np.array([count for _, count in runs], np.uint64),
         zero,
         payload,
+        *bits,
+        np.array(equal_to, np.uint64),
     ),
     st.integers(1, 2**64 - 1),
     u32,
@@ -42,6 +48,8 @@ batches = st.builds(
     st.lists(st.tuples(u64, u64), max_size=20),
     st.binary(max_size=200),
     st.lists(st.binary(max_size=500), max_size=3),
+    st.tuples(*[st.binary(max_size=50)] * 3),
+    st.lists(u64, max_size=20),
 )
 
 
@@ -61,6 +69,8 @@ def test_a_batch_is_read_as_it_was_written(batch: PageBatch) -> None:
     )
     assert read.run_first.tolist() == batch.run_first.tolist()
     assert read.run_pages.tolist() == batch.run_pages.tolist()
+    assert (read.unchanged, read.equal, read.delta) == (batch.unchanged, batch.equal, batch.delta)
+    assert read.equal_to.tolist() == batch.equal_to.tolist()
     assert b"".join(read.payload) == b"".join(batch.payload)
 
 
@@ -70,6 +80,7 @@ def test_the_example_of_the_documentation() -> None:
     head, *payload = pack_batch(PageBatch(3, 1, 1, *runs, b"\x02", (page, page)))
     assert bytes(head).hex(" ") == (
         "03 00 00 00 00 00 00 00 01 00 00 00 01 00 00 00 02 00 00 00 01 00 00 00 00 20 00 00 00 00 00 00 "
+        "00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 "
         "00 01 00 00 00 00 00 00 00 02 00 00 00 00 00 00 02 00 00 00 00 00 00 00 01 00 00 00 00 00 00 00 02"
     )
     assert payload == [page, page]
@@ -97,10 +108,32 @@ def test_the_end_is_no_batch() -> None:
     ],
 )
 def test_what_is_too_large_is_refused_by_its_header(runs: int, zero_bytes: int, payload_bytes: int, said: str) -> None:
+    refused(runs, zero_bytes, payload_bytes, (0, 0, 0, 0), said)
+
+
+@pytest.mark.parametrize(
+    ("references", "said"),
+    [
+        ((BITS + 1, 0, 0, 0), "bytes of unchanged bits, more than"),
+        ((0, BITS + 1, 0, 0), "bytes of equal bits, more than"),
+        ((0, 0, 2**32 - 1, 0), "bytes of delta bits, more than"),
+        ((0, 0, 0, MAX_UNIT_PAGES + 1), "1025 pages that equal others, more than"),
+    ],
+)
+def test_too_many_references_are_refused_by_the_header(references: tuple[int, ...], said: str) -> None:
+    refused(0, 0, 0, references, said)
+
+
+def test_the_largest_header_is_read() -> None:
+    largest = parse_header(
+        struct.pack("<QIIIIQIIII", 1, 0, 1, MAX_RUNS, BITS, MAX_PAYLOAD, BITS, BITS, BITS, MAX_UNIT_PAGES)
+    )
+    assert largest is not None and largest.body_bytes == LARGEST
+
+
+def refused(runs: int, zero_bytes: int, payload_bytes: int, more: tuple[int, ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        parse_header(struct.pack("<QIIIIQ", 1, 0, 1, runs, zero_bytes, payload_bytes))
-    largest = parse_header(struct.pack("<QIIIIQ", 1, 0, 1, MAX_RUNS, MAX_PAGES // 8, MAX_PAYLOAD))
-    assert largest is not None and largest.body_bytes == MAX_RUNS * 16 + MAX_PAGES // 8
+        parse_header(struct.pack("<QIIIIQIIII", 1, 0, 1, runs, zero_bytes, payload_bytes, *more))
 
 
 @given(st.binary(min_size=HEADER_SIZE, max_size=HEADER_SIZE))
@@ -109,7 +142,7 @@ def test_no_header_leads_to_more_than_the_limits(data: bytes) -> None:
         header = parse_header(data)
     except ValueError:
         return
-    assert header is None or header.body_bytes + header.payload_bytes <= MAX_RUNS * 16 + MAX_PAGES // 8 + MAX_PAYLOAD
+    assert header is None or header.body_bytes + header.payload_bytes <= LARGEST + MAX_PAYLOAD
 
 
 def test_a_hello_has_its_token() -> None:

@@ -44,16 +44,29 @@ class TestMissedDirty(Scenario):
     GUARD = "missed-dirty"
     MACHINE = traced(guest=WRITER)
     WRITER = "vcpu wrote it "
+    COMPRESSION = host_pb2.COMPRESSION_OFF
 
     def play(self, stage: Stage, *, guarded: bool) -> host_pb2.MigrationResult:
         with stage.held("source.sync0") as at_the_sync:
-            session = stage.begin()
+            session = stage.begin(compression=self.COMPRESSION)
             at_the_sync()
             stage.wait_for_more("writer0", "pages", 400)
         return stage.end(session)
 
     def pages(self) -> Callable[[int], bool]:
         return of_the_writer
+
+
+class TestMissedDirtyAuto(TestMissedDirty):
+    """The same where the link and the cores decide how pages go."""
+
+    COMPRESSION = host_pb2.COMPRESSION_AUTO
+
+
+class TestMissedDirtyZstd(TestMissedDirty):
+    """The same where pages are packed, and go as differences or not at all where the destination has them."""
+
+    COMPRESSION = host_pb2.COMPRESSION_ZSTD
 
 
 class TestSecondHop(Scenario):

@@ -37,7 +37,11 @@ def make(events: Events, **request: object) -> Account:
         verify=migration_pb2.VERIFY_MODE_DEFERRED,
         **request,  # type: ignore[arg-type]  # members by name
     )
-    return Account(events, SESSION, asked, lambda: [host_pb2.DeviceProgress(name="nic0", sent_bytes=7)])
+
+    def tell(progress: host_pb2.Progress) -> None:
+        progress.MergeFrom(host_pb2.Progress(compression="lz4"))
+
+    return Account(events, SESSION, asked, tell)
 
 
 def told(events: Events) -> list[host_pb2.WatchEventsResponse]:
@@ -102,7 +106,7 @@ def test_progress_is_what_has_been_acknowledged(monkeypatch: pytest.MonkeyPatch,
         1000,
         256,
     )
-    assert [(device.name, device.sent_bytes) for device in progress.devices] == [("nic0", 7)]
+    assert progress.compression == "lz4"
     assert progress.expected_downtime_ms == -1 and progress.bandwidth > 0
 
 
@@ -132,7 +136,7 @@ def test_rounds_are_told_with_their_time_and_what_followed(monkeypatch: pytest.M
         (Decision(Action.THROTTLE, "slower", 20), Decision(Action.SWITCH_OVER, "enough", 20))
     ):
         account.facts.append(facts(number, throttle_percent=account.throttle_percent))
-        account.round_decided(account.facts[-1], stats, decision)
+        account.round_decided(account.facts[-1], stats, "lz4", decision)
     account.close()
     first, second = account.result.rounds
     assert (first.number, first.pages, first.zero_pages, first.sent_bytes) == (0, 1000, 200, 3_000_000)
@@ -147,7 +151,7 @@ def test_rounds_are_told_with_their_time_and_what_followed(monkeypatch: pytest.M
 def test_an_unknown_downtime_is_not_a_number_of_milliseconds(account: Account) -> None:
     account.precopy_begins()
     account.facts.append(facts(0, bandwidth=0.0))
-    account.round_decided(account.facts[-1], LaneStats(), Decision(Action.ITERATE, "", 0))
+    account.round_decided(account.facts[-1], LaneStats(), "none", Decision(Action.ITERATE, "", 0))
     assert account._progress.expected_downtime_ms == -1
 
 

@@ -44,6 +44,38 @@ ON_TIMEOUT_SWITCH_OVER: OnTimeout.ValueType  # 2
 """Switch over at once, however long the downtime."""
 Global___OnTimeout: _TypeAlias = OnTimeout  # noqa: Y015
 
+class _Compression:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CompressionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Compression.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPRESSION_UNSPECIFIED: _Compression.ValueType  # 0
+    """Not set: nothing."""
+    COMPRESSION_LZ4: _Compression.ValueType  # 1
+    """lz4: fast, for links of several Gbit/s."""
+    COMPRESSION_ZSTD: _Compression.ValueType  # 2
+    """zstd, as strong as two cores or so can do it for a link of 1 Gbit/s."""
+    COMPRESSION_AUTO: _Compression.ValueType  # 3
+    """Nothing, lz4 or zstd of some strength, whichever is fastest with this link and these cores."""
+    COMPRESSION_OFF: _Compression.ValueType  # 4
+    """Nothing."""
+
+class Compression(_Compression, metaclass=_CompressionEnumTypeWrapper):
+    """Compression says what is done to the bytes of pages before they are sent."""
+
+COMPRESSION_UNSPECIFIED: Compression.ValueType  # 0
+"""Not set: nothing."""
+COMPRESSION_LZ4: Compression.ValueType  # 1
+"""lz4: fast, for links of several Gbit/s."""
+COMPRESSION_ZSTD: Compression.ValueType  # 2
+"""zstd, as strong as two cores or so can do it for a link of 1 Gbit/s."""
+COMPRESSION_AUTO: Compression.ValueType  # 3
+"""Nothing, lz4 or zstd of some strength, whichever is fastest with this link and these cores."""
+COMPRESSION_OFF: Compression.ValueType  # 4
+"""Nothing."""
+Global___Compression: _TypeAlias = Compression  # noqa: Y015
+
 class _Owner:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -364,7 +396,7 @@ class MigrateRequest(_message.Message):
     ON_TIMEOUT_FIELD_NUMBER: _builtins.int
     AUTO_CONVERGE_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
-    COMPRESS_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     CONTINUE_ON_MISMATCH_FIELD_NUMBER: _builtins.int
     LANE_KIND_FIELD_NUMBER: _builtins.int
     destination: _builtins.str
@@ -385,8 +417,8 @@ class MigrateRequest(_message.Message):
     """Slow the vCPUs down step by step if the machine dirties faster than the link carries."""
     lanes: _builtins.int
     """Page lanes; 0: one."""
-    compress: _builtins.bool
-    """Compress pages with lz4."""
+    compression: Global___Compression.ValueType
+    """How to compress pages."""
     continue_on_mismatch: _builtins.bool
     """On a mismatch after the start, leave the machine running at the destination instead of pausing it."""
     lane_kind: _migration_pb2.LaneKind.ValueType
@@ -403,13 +435,13 @@ class MigrateRequest(_message.Message):
         on_timeout: Global___OnTimeout.ValueType = ...,
         auto_converge: _builtins.bool = ...,
         lanes: _builtins.int = ...,
-        compress: _builtins.bool = ...,
+        compression: Global___Compression.ValueType = ...,
         continue_on_mismatch: _builtins.bool = ...,
         lane_kind: _migration_pb2.LaneKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_converge", b"auto_converge", "bandwidth_limit", b"bandwidth_limit", "compress", b"compress", "continue_on_mismatch", b"continue_on_mismatch", "destination", b"destination", "lane_kind", b"lane_kind", "lanes", b"lanes", "max_downtime_ms", b"max_downtime_ms", "max_rounds", b"max_rounds", "on_timeout", b"on_timeout", "timeout_s", b"timeout_s", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_converge", b"auto_converge", "bandwidth_limit", b"bandwidth_limit", "compression", b"compression", "continue_on_mismatch", b"continue_on_mismatch", "destination", b"destination", "lane_kind", b"lane_kind", "lanes", b"lanes", "max_downtime_ms", b"max_downtime_ms", "max_rounds", b"max_rounds", "on_timeout", b"on_timeout", "timeout_s", b"timeout_s", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -774,6 +806,13 @@ class Progress(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     DECISION_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    PAGE_BYTES_FIELD_NUMBER: _builtins.int
+    ZERO_PAGES_FIELD_NUMBER: _builtins.int
+    UNCHANGED_PAGES_FIELD_NUMBER: _builtins.int
+    EQUAL_PAGES_FIELD_NUMBER: _builtins.int
+    DELTA_PAGES_FIELD_NUMBER: _builtins.int
+    COMPRESSED_PAGES_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """setup, precopy, switchover, handover."""
     round: _builtins.int
@@ -794,6 +833,20 @@ class Progress(_message.Message):
     """vCPU throttle in percent."""
     decision: _builtins.str
     """What the convergence policy last decided, and why."""
+    compression: _builtins.str
+    """How pages are compressed now: "none", "lz4", "zstd-1" to "zstd-6"."""
+    page_bytes: _builtins.int
+    """Bytes of the pages sent so far that were not zero, before anything was done to them."""
+    zero_pages: _builtins.int
+    """Pages sent so far as zero."""
+    unchanged_pages: _builtins.int
+    """Pages sent so far that had not changed since they were sent before."""
+    equal_pages: _builtins.int
+    """Pages sent so far that equalled another."""
+    delta_pages: _builtins.int
+    """Pages sent so far as the difference to what was sent before."""
+    compressed_pages: _builtins.int
+    """Pages sent so far compressed, differences included."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProgress]:
         """How far each device is."""
@@ -812,10 +865,17 @@ class Progress(_message.Message):
         devices: _abc.Iterable[Global___DeviceProgress] | None = ...,
         throttle_percent: _builtins.int = ...,
         decision: _builtins.str = ...,
+        compression: _builtins.str = ...,
+        page_bytes: _builtins.int = ...,
+        zero_pages: _builtins.int = ...,
+        unchanged_pages: _builtins.int = ...,
+        equal_pages: _builtins.int = ...,
+        delta_pages: _builtins.int = ...,
+        compressed_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "decision", b"decision", "devices", b"devices", "dirty_rate", b"dirty_rate", "expected_downtime_ms", b"expected_downtime_ms", "phase", b"phase", "round", b"round", "round_done_pages", b"round_done_pages", "round_pages", b"round_pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "compressed_pages", b"compressed_pages", "compression", b"compression", "decision", b"decision", "delta_pages", b"delta_pages", "devices", b"devices", "dirty_rate", b"dirty_rate", "equal_pages", b"equal_pages", "expected_downtime_ms", b"expected_downtime_ms", "page_bytes", b"page_bytes", "phase", b"phase", "round", b"round", "round_done_pages", b"round_done_pages", "round_pages", b"round_pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "unchanged_pages", b"unchanged_pages", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1053,6 +1113,11 @@ class Round(_message.Message):
     DIRTY_PAGES_FIELD_NUMBER: _builtins.int
     THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     DECISION_FIELD_NUMBER: _builtins.int
+    COMPRESSED_PAGES_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    UNCHANGED_PAGES_FIELD_NUMBER: _builtins.int
+    EQUAL_PAGES_FIELD_NUMBER: _builtins.int
+    DELTA_PAGES_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """0 sends all of RAM."""
     pages: _builtins.int
@@ -1069,6 +1134,16 @@ class Round(_message.Message):
     """vCPU throttle during it, in percent."""
     decision: _builtins.str
     """What the policy decided after it, and why."""
+    compressed_pages: _builtins.int
+    """Of the pages, those that were compressed."""
+    compression: _builtins.str
+    """How pages were compressed at its end: "none", "lz4", "zstd-1" to "zstd-6"."""
+    unchanged_pages: _builtins.int
+    """Of the pages, those that were dirty and had not changed since they were sent."""
+    equal_pages: _builtins.int
+    """Of the pages, those that equalled another that had been sent."""
+    delta_pages: _builtins.int
+    """Of the pages, those of which only the difference was sent."""
     def __init__(
         self,
         *,
@@ -1080,10 +1155,15 @@ class Round(_message.Message):
         dirty_pages: _builtins.int = ...,
         throttle_percent: _builtins.int = ...,
         decision: _builtins.str = ...,
+        compressed_pages: _builtins.int = ...,
+        compression: _builtins.str = ...,
+        unchanged_pages: _builtins.int = ...,
+        equal_pages: _builtins.int = ...,
+        delta_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "dirty_pages", b"dirty_pages", "ms", b"ms", "number", b"number", "pages", b"pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed_pages", b"compressed_pages", "compression", b"compression", "decision", b"decision", "delta_pages", b"delta_pages", "dirty_pages", b"dirty_pages", "equal_pages", b"equal_pages", "ms", b"ms", "number", b"number", "pages", b"pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "unchanged_pages", b"unchanged_pages", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1100,6 +1180,11 @@ class RamResult(_message.Message):
     PAGES_FIELD_NUMBER: _builtins.int
     ZERO_PAGES_FIELD_NUMBER: _builtins.int
     DOWNTIME_BYTES_FIELD_NUMBER: _builtins.int
+    COMPRESSED_PAGES_FIELD_NUMBER: _builtins.int
+    UNCHANGED_PAGES_FIELD_NUMBER: _builtins.int
+    EQUAL_PAGES_FIELD_NUMBER: _builtins.int
+    DELTA_PAGES_FIELD_NUMBER: _builtins.int
+    PAGE_BYTES_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
     """Size of guest RAM."""
     transferred_bytes: _builtins.int
@@ -1110,6 +1195,16 @@ class RamResult(_message.Message):
     """Pages sent as zero."""
     downtime_bytes: _builtins.int
     """Bytes sent in the switchover."""
+    compressed_pages: _builtins.int
+    """Pages sent compressed, differences included."""
+    unchanged_pages: _builtins.int
+    """Pages that were dirty and had not changed since they were sent."""
+    equal_pages: _builtins.int
+    """Pages that equalled another that had been sent."""
+    delta_pages: _builtins.int
+    """Pages of which only the difference to what had been sent was sent."""
+    page_bytes: _builtins.int
+    """Bytes of all pages sent that were not zero, before anything was done to them."""
     def __init__(
         self,
         *,
@@ -1118,10 +1213,15 @@ class RamResult(_message.Message):
         pages: _builtins.int = ...,
         zero_pages: _builtins.int = ...,
         downtime_bytes: _builtins.int = ...,
+        compressed_pages: _builtins.int = ...,
+        unchanged_pages: _builtins.int = ...,
+        equal_pages: _builtins.int = ...,
+        delta_pages: _builtins.int = ...,
+        page_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "downtime_bytes", b"downtime_bytes", "pages", b"pages", "transferred_bytes", b"transferred_bytes", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "compressed_pages", b"compressed_pages", "delta_pages", b"delta_pages", "downtime_bytes", b"downtime_bytes", "equal_pages", b"equal_pages", "page_bytes", b"page_bytes", "pages", b"pages", "transferred_bytes", b"transferred_bytes", "unchanged_pages", b"unchanged_pages", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

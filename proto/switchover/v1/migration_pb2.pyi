@@ -107,6 +107,8 @@ class _PageEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PageEnco
     """Pages one after the other, 4096 bytes each."""
     PAGE_ENCODING_LZ4: _PageEncoding.ValueType  # 2
     """The same bytes as one lz4 block without a size header."""
+    PAGE_ENCODING_ZSTD: _PageEncoding.ValueType  # 3
+    """The same bytes as one zstd frame that says their size."""
 
 class PageEncoding(_PageEncoding, metaclass=_PageEncodingEnumTypeWrapper):
     """PageEncoding says how the payload of a batch is packed."""
@@ -117,6 +119,8 @@ PAGE_ENCODING_RAW: PageEncoding.ValueType  # 1
 """Pages one after the other, 4096 bytes each."""
 PAGE_ENCODING_LZ4: PageEncoding.ValueType  # 2
 """The same bytes as one lz4 block without a size header."""
+PAGE_ENCODING_ZSTD: PageEncoding.ValueType  # 3
+"""The same bytes as one zstd frame that says their size."""
 Global___PageEncoding: _TypeAlias = PageEncoding  # noqa: Y015
 
 class _DeviceStateKind:
@@ -389,6 +393,10 @@ class SendPagesRequest(_message.Message):
     RUN_PAGES_FIELD_NUMBER: _builtins.int
     ZERO_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    EQUAL_FIELD_NUMBER: _builtins.int
+    EQUAL_TO_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts the batches of this lane from 1, without gaps."""
     round: _builtins.int
@@ -398,7 +406,13 @@ class SendPagesRequest(_message.Message):
     zero: _builtins.bytes
     """One bit per page in the order of the runs, least significant bit first; set: the page is zero and has no payload."""
     payload: _builtins.bytes
-    """The pages that are not zero, in order."""
+    """The pages that are none of zero, unchanged and equal, in order."""
+    unchanged: _builtins.bytes
+    """A bit per page, or empty; set: the page is what it was before this batch, which must have been sent on this lane."""
+    delta: _builtins.bytes
+    """A bit per page, or empty; set: the payload has the page XORed with what it was before this batch."""
+    equal: _builtins.bytes
+    """A bit per page, or empty; set: the page is what the page named in equal_to was before this batch."""
     @_builtins.property
     def run_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First page of each run; a page number is an offset in guest RAM divided by 4096."""
@@ -406,6 +420,10 @@ class SendPagesRequest(_message.Message):
     @_builtins.property
     def run_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Pages in each run."""
+
+    @_builtins.property
+    def equal_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each page whose bit in equal is set, in order, a page of this lane."""
 
     def __init__(
         self,
@@ -417,10 +435,14 @@ class SendPagesRequest(_message.Message):
         run_pages: _abc.Iterable[_builtins.int] | None = ...,
         zero: _builtins.bytes = ...,
         payload: _builtins.bytes = ...,
+        unchanged: _builtins.bytes = ...,
+        delta: _builtins.bytes = ...,
+        equal: _builtins.bytes = ...,
+        equal_to: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "payload", b"payload", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "encoding", b"encoding", "equal", b"equal", "equal_to", b"equal_to", "payload", b"payload", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "unchanged", b"unchanged", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,89 @@
+"""How to compress what comes next: a pure function of what the link, the codec and the cores have shown.
+
+Packing, the link and unpacking are three stages side by side, and the slowest of them sets the pace. A method that
+leaves less of the pages makes the link faster and the codec slower; the best is where they meet. A link that had to
+wait for the codec may carry more than was seen of it, so it is believed to be a little faster each time; one that kept
+the codec waiting has shown what it carries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from common.memory.compression import METHODS, Method
+
+__all__ = ["Link", "Speed", "choose", "next_link", "pace"]
+
+# Better by less than this is not worth a change.
+HYSTERESIS = 1.08
+# Within this of the best the one that takes the least CPU is as good.
+AS_GOOD = 0.97
+# A link that waited may be faster.
+OPTIMISM = 1.05
+# How much a new measurement counts.
+WEIGHT = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What a method has shown lately: the share that it leaves, and bytes of pages per second of a core."""
+
+    share: float
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What was seen of the link while anything was under way.
+
+    `rate` is bytes per second; `held_up` the share of the time in which we waited for it, and `unpacking` the share
+    that the other end is thought to have needed for unpacking.
+    """
+
+    rate: float
+    held_up: float
+    unpacking: float = 0.0
+
+
+def next_link(believed: float | None, seen: Link) -> float:
+    """Return the bytes per second that the link is believed to carry."""
+    if believed is None:
+        return seen.rate
+    if seen.held_up >= 0.5 and seen.unpacking < 0.8:
+        return believed + WEIGHT * (seen.rate - believed)
+    return max(believed * OPTIMISM, seen.rate)
+
+
+def pace(method: Method, link: float, speed: Speed, *, cores: float, lanes: int) -> float:
+    """Return the bytes of pages per second that a method leads to."""
+    return min(link / speed.share, speed.rate * cores, method.unpack_rate * lanes)
+
+
+def choose(current: Method, link: float, seen: Mapping[Method, Speed], *, cores: float, lanes: int) -> Method:
+    """Return the method for what comes next, with so many cores that have nothing else to do.
+
+    What was not `seen` lately is taken to differ from the nearest that was as it did when the table was measured.
+    """
+    paces = [pace(method, link, _expected(method, seen), cores=cores, lanes=lanes) for method in METHODS]
+    best = max(paces)
+    if paces[METHODS.index(current)] * HYSTERESIS >= best:
+        return current
+    return next(method for method, rate in zip(METHODS, paces, strict=True) if rate >= AS_GOOD * best)
+
+
+def _expected(method: Method, seen: Mapping[Method, Speed]) -> Speed:
+    if method in seen:
+        return seen[method]
+    known = _nearest(method, list(seen))
+    if known is None:
+        return Speed(method.share, method.rate)
+    # Shares go together as powers do: what leaves all of the pages does so with every method.
+    power = math.log(seen[known].share) / math.log(known.share)
+    return Speed(method.share**power, method.rate * seen[known].rate / known.rate)
+
+
+def _nearest(method: Method, known: Sequence[Method]) -> Method | None:
+    position = METHODS.index(method)
+    return min(known, key=lambda other: abs(METHODS.index(other) - position), default=None)

@@ -1,0 +1,136 @@
+"""Batches of pages, packed ahead of the lanes that send them.
+
+A lane takes its batches from here. While it waits for the link, a few threads pack what comes next, so that one lane
+can keep several cores busy; the batches of a lane stay in order. Which method is used is told by the operator, or
+decided anew for each batch (source/compression.py) by what was measured of those before it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from switchover.v1 import host_pb2
+
+from common.memory import runs
+from common.memory.compression import LZ4, NONE, ZSTD, Method
+from common.memory.layout import PAGE_SIZE
+from common.memory.pages import PageBatch, encode, pack
+from common.memory.ram import GuestRam
+from common.memory.runs import Runs
+from common.memory.sent import SentPages
+from source.lane_stats import LaneStats, total
+from source.tuner import Tuner
+
+__all__ = ["Packer"]
+
+# More threads than this only serve links that are faster than the other end unpacks.
+MAX_WORKERS = 4
+# Contents of pages that were sent more than once, for differences.
+CACHE_BYTES = 64 << 20
+# A small round is cut finer, so that every worker has some of it, but no finer than this.
+MIN_UNIT_PAGES = 64
+# So many small batches go first, one at a time, to see how fast the link is.
+FIRST_LOOKS, FIRST_LOOK_PAGES = 3, 64
+
+FIXED = {
+    host_pb2.COMPRESSION_OFF: NONE,
+    host_pb2.COMPRESSION_LZ4: LZ4,
+    host_pb2.COMPRESSION_ZSTD: ZSTD,
+}
+
+
+class Packer:
+    """Makes the batches of all lanes; `close` ends its threads."""
+
+    def __init__(self, ram: GuestRam, compression: host_pb2.Compression.ValueType, lanes: int) -> None:
+        self._ram = ram
+        self._sent_so_far = [LaneStats() for _ in range(lanes)]
+        self._sent = [SentPages(ram.layout.pages, CACHE_BYTES // lanes) for _ in range(lanes)]
+        workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+        self._fixed = FIXED.get(compression)
+        self._tuner = Tuner(workers=workers, lanes=lanes)
+        self._workers = workers
+        self._ahead = max(workers // lanes, 1) + 1
+        self._looks_left = FIRST_LOOKS if self._fixed is None else 0
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
+
+    def batches(
+        self, lane: int, pages: Runs, data: Runs, number: int, batch_pages: int, drain: Callable[[], None]
+    ) -> Iterator[PageBatch]:
+        """Yield a lane's batches of round `number`; they may refer to RAM, until the next one is asked for.
+
+        `data` are the runs of RAM that are not holes: no page outside them is read. `batch_pages` is how many pages a
+        batch has that is not packed; `drain` waits until everything that the lane has sent is applied.
+        """
+        for batch in self._batches(lane, pages, data, number, batch_pages, drain):
+            yield batch
+            self._sent_so_far[lane].count(batch)
+
+    def _batches(
+        self, lane: int, pages: Runs, data: Runs, number: int, batch_pages: int, drain: Callable[[], None]
+    ) -> Iterator[PageBatch]:
+        method = NONE
+        sent = self._sent[lane]
+        most = max(runs.total(runs.intersect(pages, data)) // (2 * self._workers), MIN_UNIT_PAGES)
+
+        def copied() -> int:
+            nonlocal method
+            if self._looks_left > 0:
+                return FIRST_LOOK_PAGES
+            method = self._method
+            return 0 if method is NONE else min(method.unit_pages, most)
+
+        packing: deque[Future[tuple[PageBatch, Method]]] = deque()
+        for batch in encode(self._ram, *pages, round=number, data=data, batch_pages=batch_pages, copied=copied):
+            if method is not NONE and batch.payload:
+                sent.reduce(batch)
+                packing.append(self._pool.submit(self._pack, batch, method))
+                yield from self._finish(packing, self._ahead)
+            else:
+                sent.forget(batch)
+                yield from self._finish(packing, 0)
+                yield from self._hand_over(batch)
+                if self._looks_left > 0 and batch.payload:
+                    self._looks_left -= 1
+                    drain()
+                    self._tuner.look_first()
+        yield from self._finish(packing, 0)
+
+    @property
+    def _method(self) -> Method:
+        return self._fixed or self._tuner.method
+
+    def _pack(self, batch: PageBatch, method: Method) -> tuple[PageBatch, Method]:
+        """Pack a batch; return it, and how it was packed."""
+        size = batch.payload_bytes
+        began = time.thread_time()
+        if not size or not pack(batch, method):
+            return batch, NONE
+        self._tuner.packed(method, size, batch.payload_bytes, time.thread_time() - began)
+        return batch, method
+
+    def _finish(self, packing: deque[Future[tuple[PageBatch, Method]]], left: int) -> Iterator[PageBatch]:
+        while len(packing) > left:
+            yield from self._hand_over(*packing.popleft().result())
+
+    def _hand_over(self, batch: PageBatch, method: Method = NONE) -> Iterator[PageBatch]:
+        self._tuner.sending(batch.pages, batch.payload_pages * PAGE_SIZE, method)
+        began = time.monotonic()
+        yield batch
+        self._tuner.held_up(time.monotonic() - began)
+
+    def applied(self, pages: int, size: int) -> None:
+        """Note an ack."""
+        self._tuner.applied(pages, size)
+
+    def progress(self) -> tuple[str, LaneStats]:
+        """Return how the next batch is packed, and what was sent so far, without its size."""
+        return self._method.name, total(self._sent_so_far)
+
+    def close(self) -> None:
+        """End the threads; what they pack is not waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,144 @@
+"""What is measured for the choice of a compression method: acks, time to pack, idle cores.
+
+The decisions are in source/compression.py.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from common.memory.compression import METHODS, NONE, Method
+from source.compression import Link, Speed, choose, next_link
+
+__all__ = ["Tuner"]
+
+# The link is looked at after this long, so many acks and so much.
+LOOK_SECONDS, LOOK_ACKS, LOOK_BYTES = 0.05, 4, 1 << 20
+# A link that seems to carry more than this at first, in bytes per second, is looked at again before anything is packed.
+FAST_LINK = 200e6
+# What a method has shown is forgotten after this long, and it is tried again.
+MEMORY_SECONDS = 5.0
+# How much a new measurement counts.
+WEIGHT = 0.5
+# Where no core is idle packing gets its share all the same.
+FEWEST_CORES = 0.5
+
+
+def _idle_seconds() -> float:
+    with open("/proc/stat") as lines:
+        fields = lines.readline().split()
+    return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
+
+
+class Tuner:
+    """Keeps what was measured, and the method that follows from it. Any thread may call any method."""
+
+    def __init__(
+        self,
+        *,
+        workers: int,
+        lanes: int,
+        clock: Callable[[], float] = time.monotonic,
+        idle: Callable[[], float] = _idle_seconds,
+    ) -> None:
+        """`idle` is how many seconds this host's cores have been idle, all together."""
+        self._workers = workers
+        self._lanes = lanes
+        self._clock = clock
+        self._idle = idle
+        self._was_idle = idle()
+        self._cores = float(workers)
+        self._lock = threading.Lock()
+        self._seen: dict[Method, tuple[Speed, float]] = {}
+        self._link: float | None = None
+        self._under_way = 0
+        self._busy_since = 0.0
+        self._looked_at = clock()
+        self._forget_counts()
+        self.method = METHODS[2]
+
+    def _forget_counts(self) -> None:
+        self._busy = self._held_up = self._packing = self._unpacking = 0.0
+        self._acks = self._acked_bytes = 0
+
+    def look_first(self) -> None:
+        """Decide for the first time: what was sent alone, and has arrived, shows how fast the link is at least."""
+        with self._lock:
+            now = self._clock()
+            self._count_busy(now)
+            if self._busy > 0:
+                self._link = max(self._link or 0.0, self._acked_bytes / self._busy)
+                # So little does not show how fast a fast link is.
+                self.method = NONE if self._link > FAST_LINK else self._choose(now)
+            self._forget_counts()
+
+    def _count_busy(self, now: float) -> None:
+        if self._under_way:
+            self._busy += now - self._busy_since
+            self._busy_since = now
+
+    def packed(self, method: Method, size: int, packed_size: int, seconds: float) -> None:
+        """Note that a worker packed `size` bytes of pages into `packed_size`, in so many seconds of a core."""
+        speed = Speed(packed_size / size, size / max(seconds, 1e-9))
+        with self._lock:
+            self._packing += seconds
+            if method in self._seen:
+                before = self._seen[method][0]
+                speed = Speed(
+                    before.share + WEIGHT * (speed.share - before.share),
+                    # Rates are averaged as the times that they stand for.
+                    1 / (1 / before.rate + WEIGHT * (1 / speed.rate - 1 / before.rate)),
+                )
+            self._seen[method] = speed, self._clock()
+
+    def held_up(self, seconds: float) -> None:
+        """Note how long the link has held a lane up."""
+        with self._lock:
+            self._held_up += seconds
+
+    def sending(self, pages: int, size: int, method: Method) -> None:
+        """Note that pages go to the link, `size` bytes of them packed with a method."""
+        with self._lock:
+            self._unpacking += size / method.unpack_rate
+            if not self._under_way:
+                self._busy_since = self._clock()
+            self._under_way += pages
+
+    def applied(self, pages: int, size: int) -> None:
+        """Note that pages have arrived, with `size` bytes in all."""
+        now = self._clock()
+        with self._lock:
+            self._under_way -= pages
+            self._acks += 1
+            self._acked_bytes += size
+            if not self._under_way:
+                self._busy += now - self._busy_since
+            enough = self._acks >= LOOK_ACKS and self._acked_bytes >= LOOK_BYTES
+            if enough and now - self._looked_at >= LOOK_SECONDS:
+                self._look(now)
+
+    def _look(self, now: float) -> None:
+        self._count_busy(now)
+        if self._busy > 0:
+            lane_seconds = self._busy * self._lanes
+            seen = Link(self._acked_bytes / self._busy, self._held_up / lane_seconds, self._unpacking / lane_seconds)
+            self._link = next_link(self._link, seen)
+            self.method = self._choose(now)
+        self._looked_at = now
+        self._forget_counts()
+
+    def _choose(self, now: float) -> Method:
+        idle = self._idle()
+        elapsed = now - self._looked_at
+        if elapsed >= LOOK_SECONDS:
+            # What is idle now, and what packing itself has used.
+            cores = (idle - self._was_idle + self._packing) / elapsed
+            self._cores += WEIGHT * (min(max(cores, FEWEST_CORES), self._workers) - self._cores)
+        self._was_idle = idle
+        self._seen = {method: entry for method, entry in self._seen.items() if now - entry[1] < MEMORY_SECONDS}
+        speeds = {method: speed for method, (speed, _) in self._seen.items()}
+        assert self._link is not None
+        return choose(self.method, self._link, speeds, cores=self._cores, lanes=self._lanes)

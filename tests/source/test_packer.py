@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from switchover.v1 import host_pb2
+
+from common.memory import runs
+from common.memory.compression import LZ4, ZSTD
+from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
+from common.memory.pages import BATCH_PAGES, Applier, Encoding, PageBatch
+from common.memory.ram import GuestRam
+from common.rpc.page_batch import parse, serialize
+from source import packer as packer_module
+from source import tuner as tuner_module
+from source.packer import FIRST_LOOK_PAGES, Packer
+
+CHUNKS = 24
+PAGES = CHUNKS * CHUNK_PAGES
+ALL = runs.one(0, PAGES)
+
+
+@pytest.fixture
+def source() -> Iterator[GuestRam]:
+    """Three quarters of it words that compress, with zero pages among them; the rest holes."""
+    with GuestRam.create(CHUNKS * CHUNK_SIZE) as ram:
+        filled = PAGES * 3 // 4
+        words = np.random.default_rng(1).integers(0, 50, (filled, PAGE_SIZE // 8), np.uint64)
+        words[::7] = 0
+        ram.words[:filled] = words
+        yield ram
+
+
+@pytest.fixture
+def target() -> Iterator[GuestRam]:
+    with GuestRam.create(CHUNKS * CHUNK_SIZE) as ram:
+        yield ram
+
+
+@pytest.fixture
+def opened(source: GuestRam) -> Iterator[Callable[..., Packer]]:
+    packers: list[Packer] = []
+
+    def open_packer(compression: int, lanes: int = 1) -> Packer:
+        packers.append(Packer(source, compression, lanes))  # type: ignore[arg-type]  # an enum's value is a number
+        return packers[-1]
+
+    yield open_packer
+    for packer in packers:
+        packer.close()
+
+
+def send(packer: Packer, applier: Applier, source: GuestRam, number: int) -> list[PageBatch]:
+    """Send all of RAM, acknowledging each batch at once; return what arrived."""
+    arrived = []
+    for batch in packer.batches(0, ALL, source.data_runs(), number, BATCH_PAGES, lambda: None):
+        message = serialize(batch)
+        arrived.append(parse(message))
+        applier.apply(arrived[-1])
+        packer.applied(batch.pages, len(message))
+    return arrived
+
+
+@pytest.mark.parametrize(
+    ("compression", "encoding"),
+    [
+        (host_pb2.COMPRESSION_OFF, Encoding.RAW),
+        (host_pb2.COMPRESSION_LZ4, Encoding.LZ4),
+        (host_pb2.COMPRESSION_ZSTD, Encoding.ZSTD),
+    ],
+)
+def test_pages_arrive_in_order_packed_as_told(
+    source: GuestRam, target: GuestRam, opened: Callable[..., Packer], compression: int, encoding: Encoding
+) -> None:
+    packer = opened(compression)
+    applier = Applier(target)
+    arrived = send(packer, applier, source, 0)
+    assert {batch.encoding for batch in arrived if batch.payload} == {encoding}
+    firsts = [int(batch.run_first[0]) for batch in arrived if batch.payload]
+    assert firsts == sorted(firsts) and len(firsts) > 4
+    assert np.array_equal(source.pages, target.pages)
+    again = send(packer, applier, source, 1)
+    filled = int(source.pages[: PAGES * 3 // 4].any(axis=1).sum())
+    assert sum(batch.unchanged_pages for batch in again) == (0 if encoding is Encoding.RAW else filled)
+
+
+@pytest.mark.parametrize(("fast", "then"), [(0.0, Encoding.RAW), (float("inf"), Encoding.ZSTD)])
+def test_the_first_batches_go_as_they_are_to_see_how_fast_the_link_is(
+    source: GuestRam,
+    target: GuestRam,
+    opened: Callable[..., Packer],
+    monkeypatch: pytest.MonkeyPatch,
+    fast: float,
+    then: Encoding,
+) -> None:
+    monkeypatch.setattr(tuner_module, "FAST_LINK", fast)
+    monkeypatch.setattr(tuner_module, "LOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(tuner_module, "choose", lambda *_, **__: ZSTD)
+    packer = opened(host_pb2.COMPRESSION_AUTO)
+    arrived = [batch for batch in send(packer, Applier(target), source, 0) if batch.payload]
+    assert [batch.payload_pages for batch in arrived[:3]] == [FIRST_LOOK_PAGES] * 3
+    assert {batch.encoding for batch in arrived[:3]} == {Encoding.RAW}
+    assert {batch.encoding for batch in arrived[3:]} == {then}
+    assert packer.progress()[0] == ("none" if then is Encoding.RAW else ZSTD.name)
+    assert np.array_equal(source.pages, target.pages)
+
+
+def test_only_so_much_is_packed_ahead(
+    source: GuestRam, opened: Callable[..., Packer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = threading.Semaphore(0)
+    count = [0]
+
+    def slow(batch: PageBatch, _: object) -> bool:
+        count[0] += 1
+        started.release()
+        return False
+
+    monkeypatch.setattr(packer_module, "pack", slow)
+    packer = opened(host_pb2.COMPRESSION_LZ4)
+    batches = packer.batches(0, ALL, source.data_runs(), 0, BATCH_PAGES, lambda: None)
+    holes = next(batches)
+    assert not holes.payload
+    next(batches)
+    assert count[0] <= packer._ahead + 1
+    assert (packer.progress()[0], opened(host_pb2.COMPRESSION_ZSTD).progress()[0]) == (LZ4.name, ZSTD.name)
+
+
+def test_what_fails_while_packing_fails_the_lane(
+    source: GuestRam, opened: Callable[..., Packer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(batch: PageBatch, _: object) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(packer_module, "pack", broken)
+    with pytest.raises(MemoryError):
+        list(opened(host_pb2.COMPRESSION_ZSTD).batches(0, ALL, source.data_runs(), 0, BATCH_PAGES, lambda: None))
