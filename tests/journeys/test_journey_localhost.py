@@ -119,11 +119,11 @@ def test_ram_above_4_gib(rig: Rig, image: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--verify", "deferred"),
-        ("--lane-kind", "tcp", "--lanes", "2"),
+        ("--lane-kind", "tcp", "--lanes", "2", "--verify", "deferred"),
         *(
             pytest.param(options, marks=pytest.mark.matrix)
             for options in (
+                ("--verify", "deferred"),
                 ("--lanes", "3"),
                 ("--verify", "off"),
                 *(("--compress", how) for how in ("lz4", "zstd", "auto")),

@@ -65,6 +65,7 @@ def scrape(daemon: Daemon) -> dict[str, float]:
     return {name: float(value) for name, _, value in pairs}
 
 
+@pytest.mark.matrix
 def test_prometheus_sees_a_migration_on_both_sides(rig: Rig) -> None:
     metrics = ("--metrics", "127.0.0.1:0")
     source = rig.start("source", machine_toml(devices=("nic",)), options=metrics)

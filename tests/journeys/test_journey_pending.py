@@ -40,6 +40,7 @@ def test_with_a_doorbell_pending(rig: Rig, image: Path) -> None:
     goes_on(destination, before)
 
 
+@pytest.mark.matrix
 def test_inside_a_map_trap(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic",)))
     destination = rig.start("destination")
