@@ -99,7 +99,6 @@ def said(source: Daemon, session: str) -> str:
 
 
 @pytest.mark.matrix
-@pytest.mark.matrix
 def test_a_slow_network_is_only_slow(rig: Rig) -> None:
     source = rig.start("source", machine_toml(devices=("nic",)))
     destination = rig.start("destination")
@@ -109,6 +108,7 @@ def test_a_slow_network_is_only_slow(rig: Rig) -> None:
         goes_on(destination)
 
 
+@pytest.mark.matrix
 def test_the_proxy_does_what_it_says() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=echo, args=(server,), daemon=True).start()

@@ -43,7 +43,6 @@ def started(rig: Rig, kind: str, *options: str, lines: str = "", driver: str = "
     return [rig.start("host", machine), rig.start("host", options=devices)]
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "options", "lines", "viommu"),
     [
@@ -74,6 +73,7 @@ def test_a_device_of_others_moves_and_comes_back(
         counters = goes_on(destination, counters)
 
 
+@pytest.mark.matrix
 def test_by_socket_from_whoever_started_it(rig: Rig) -> None:
     devices = []
     for name in ("here", "there"):

@@ -18,7 +18,6 @@ def owner_of(*daemons: Daemon) -> list[bool]:
 
 
 @pytest.mark.matrix
-@pytest.mark.matrix
 def test_the_source_dies_before_commit_is_sent(rig: Rig, image: Path) -> None:
     machine = machine_toml(image=image, devices=("nic",))
     source = rig.start("source", machine, state="s")
@@ -36,6 +35,7 @@ def test_the_source_dies_before_commit_is_sent(rig: Rig, image: Path) -> None:
     goes_on(destination, before)
 
 
+@pytest.mark.matrix
 def test_the_source_dies_before_it_hears_the_answer(rig: Rig, image: Path) -> None:
     machine = machine_toml(image=image, devices=("nic",))
     source = rig.start("source", machine, state="s")

@@ -88,7 +88,6 @@ def test_there_and_back(rig: Rig, image: Path) -> None:
     assert b.look().machine.incarnation == 4
 
 
-@pytest.mark.matrix
 def test_a_paused_machine_stays_paused(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nic", "accelerator")))
     destination = rig.start("destination")
@@ -104,6 +103,7 @@ def test_a_paused_machine_stays_paused(rig: Rig, image: Path) -> None:
     goes_on(destination, before)
 
 
+@pytest.mark.matrix
 def test_ram_above_4_gib(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(ram="6GiB", image=image, devices=("nic",)))
     destination = rig.start("destination")

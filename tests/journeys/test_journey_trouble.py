@@ -119,7 +119,6 @@ def test_the_source_daemon_is_killed_and_a_new_one_finds_the_machine(rig: Rig, i
     goes_on(destination, before)
 
 
-@pytest.mark.matrix
 def test_a_daemon_that_ends_leaves_its_machine_running(rig: Rig) -> None:
     source = rig.start("source", machine_toml(), state="s")
     before = goes_on(source)
@@ -128,6 +127,7 @@ def test_a_daemon_that_ends_leaves_its_machine_running(rig: Rig) -> None:
     goes_on(again, before)
 
 
+@pytest.mark.matrix
 def test_it_does_not_converge(rig: Rig, image: Path) -> None:
     guest = machine_toml(image=image, pattern="sequential", rate="40MB/s")
     source = rig.start("source", guest)
