@@ -73,9 +73,9 @@ def test_something_fails(rig: Rig, held: ExitStack, cell: Cell) -> None:
         arrived()
         stage.strike(cell)
     if stage.disks.get("destination") is not None:
-        wait_for(lambda: "is not known until" in said(stage.source, session), "nobody is asked", HANG)
+        wait_for(lambda: stage.source.asks(session, HANG), "nobody is asked", HANG)
         stage.repair()
-    result = follow(stage.source, session)
+    result = stage.source.follow(session, HANG)
     stage.repair()
     wait_for(lambda: not stage.destination.look().migrating, "the destination has not let go", HANG)
     ENDS[cell.end](stage, result)
@@ -83,24 +83,6 @@ def test_something_fails(rig: Rig, held: ExitStack, cell: Cell) -> None:
         assert daemon.process.poll() is None
         log = daemon.log.read_text()
         assert "Traceback" not in log and "defect" not in log, log[-3000:]
-
-
-def follow(source: Daemon, session: str) -> host_pb2.MigrationResult:
-    for event in source.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session), timeout=HANG):
-        if event.HasField("result"):
-            return event.result
-    raise AssertionError("the events have ended without a result")
-
-
-def said(source: Daemon, session: str) -> str:
-    text = ""
-    events = source.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session), timeout=HANG)
-    for event in events:
-        text = event.message if event.HasField("message") else ""
-        if "is not known until" in text or event.HasField("result"):
-            break
-    events.cancel()
-    return text
 
 
 def told(result: host_pb2.MigrationResult) -> None:

@@ -122,12 +122,22 @@ class Daemon:
         request = host_pb2.MigrateRequest(destination=destination, **options)
         return self.stub.Migrate(request, timeout=20).session_id
 
-    def follow(self, session_id: str) -> host_pb2.MigrationResult:
-        """Wait for a session's result."""
-        for event in self.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session_id), timeout=120):
+    def follow(self, session_id: str, seconds: float = 120) -> host_pb2.MigrationResult:
+        """Return a session's result; fail if there is none for so long that there never will be one."""
+        for event in self.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session_id), timeout=seconds):
             if event.HasField("result"):
                 return event.result
         raise AssertionError("the events have ended without a result")
+
+    def asks(self, session_id: str, seconds: float) -> bool:
+        """Whether it has said that it does not know who has the machine, and goes on asking, before a result."""
+        events = self.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session_id), timeout=seconds)
+        for event in events:
+            asks = "is not known until" in event.message
+            if asks or event.HasField("result"):
+                events.cancel()
+                return asks
+        return False
 
     def kill(self) -> None:
         """Kill the daemon; its machine goes on."""

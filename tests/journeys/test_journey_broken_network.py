@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy
-from rig import Daemon, Rig, assert_completed, machine_toml, wait_for
-from switchover.v1 import host_pb2
+from rig import Rig, assert_completed, machine_toml, wait_for
 from test_journey_localhost import goes_on
 
 HANG = 45.0  # seconds: keepalive finds a dead peer in 9, and a connection that is never made is given up in 20
@@ -58,14 +57,14 @@ def test_the_network_breaks(rig: Rig, image: Path, phase: str, fault: str) -> No
             arrived()
             FAULTS[fault](proxy)
         if EXPECTED[phase][fault] == STAYS:
-            result = follow(source, session)
+            result = source.follow(session, HANG)
             assert (result.result, result.owner) == ("failed", "source"), result
             assert proxy.address in result.error and result.error.isprintable()
             assert result.reason in {"UNREACHABLE", "NO_ANSWER", "IO"}
         else:
-            wait_for(lambda: "is not known until" in said(source, session), "nobody is asked", HANG)
+            wait_for(lambda: source.asks(session, HANG), "nobody is asked", HANG)
             proxy.heal()
-            result = follow(source, session)
+            result = source.follow(session, HANG)
             assert result.owner in ("source", "destination"), result
         owner, other = (source, destination) if result.owner == "source" else (destination, source)
         assert owner.look().machine.state == "running" and other.look().machine.state != "running"
@@ -75,27 +74,6 @@ def test_the_network_breaks(rig: Rig, image: Path, phase: str, fault: str) -> No
         if owner is source:
             assert_completed(source.migrate(proxy.address))
             goes_on(destination, before)
-
-
-def follow(source: Daemon, session: str) -> host_pb2.MigrationResult:
-    """Return a session's result; fail if there is none for so long that there never will be one."""
-    for event in source.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session), timeout=HANG):
-        if event.HasField("result"):
-            return event.result
-    raise AssertionError("the events have ended without a result")
-
-
-def said(source: Daemon, session: str) -> str:
-    """Return what has been said of a session so far."""
-    events = source.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session), timeout=HANG)
-    text = ""
-    for event in events:
-        if event.HasField("message"):
-            text = event.message
-        if "is not known until" in text or event.HasField("result"):
-            break
-    events.cancel()
-    return text
 
 
 @pytest.mark.matrix
