@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks import cost, peers, tracking, vfio_user
 from common.machine.quantities import parse_size
+from common.memory.allocator import tune_allocator
 
 BENCHMARKS: dict[str, Callable[[int], None]] = {
     "idle": cost.idle,
@@ -45,6 +46,7 @@ for name in peers.SCENES:
 unknown = set(arguments.names) - set(BENCHMARKS)
 if unknown:
     parser.error(f"unknown: {', '.join(sorted(unknown))}")
+tune_allocator()  # as daemons and machine processes do
 # Whoever ends it wants nothing left behind.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 for name in arguments.names or BENCHMARKS:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.memory.allocator import tune_allocator
 from common.memory.layout import PAGE_SIZE
 from common.vfio.dirty_log import DirtyLog
 from common.vfio.feature import Buffer, PrecopyInfo, Range
@@ -112,6 +113,7 @@ class LogDevice:
 
 
 if __name__ == "__main__":
+    tune_allocator()  # as device processes do
     with listen(Path(sys.argv[1])) as listener:
         connection, _ = listener.accept()
         VfioUserServer(LogDevice(), connection).serve()

@@ -24,6 +24,7 @@ from rich.console import Console
 from benchmarks.cost import table
 from benchmarks.log_device import LogDevice
 from benchmarks.tracking import CountedDevice, container, milliseconds
+from common.memory.allocator import tune_allocator
 from common.memory.bitmap import DirtyBitmap, Words, pages_of
 from common.memory.layout import PAGE_SIZE
 from common.memory.ram import GuestRam
@@ -241,4 +242,5 @@ if __name__ == "__main__":
     else:
         with listen(Path(sys.argv[2])) as listener:
             connection, _ = listener.accept()
+            tune_allocator()  # as device processes do
             VfioUserServer(StateDevice(), connection).serve()

@@ -19,6 +19,7 @@ from typing import Any
 
 from common.devices.base import EmulatedDevice
 from common.devices.knobs import parse
+from common.memory.allocator import tune_allocator
 from common.vfio_user.server import VfioUserServer, listen
 
 __all__ = ["KINDS", "build", "main"]
@@ -105,6 +106,7 @@ def _prepare(path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, terminate)
     threading.excepthook = engine_failed
+    tune_allocator()
     sys.setswitchinterval(_SWITCH_INTERVAL)
 
 

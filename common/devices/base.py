@@ -210,7 +210,7 @@ class EmulatedDevice(ABC):
         with self._engine.lock:
             self._log.stop()
 
-    def logging_report(self, iova: int, length: int, page_size: int) -> bytes:
+    def logging_report(self, iova: int, length: int, page_size: int) -> memoryview:
         """Return and clear what the log has of a range (see `DirtyLog.report`)."""
         self._faults.reach("fail_logging_report")
         with self._engine.lock:
@@ -226,7 +226,7 @@ class EmulatedDevice(ABC):
         with self._engine.lock:
             self._iommu.stop()
 
-    def iommu_dirty_report(self, iova: int, length: int, page_size: int) -> bytes:
+    def iommu_dirty_report(self, iova: int, length: int, page_size: int) -> memoryview:
         """Return and clear the bits of a range (see `DirtyLog.report`)."""
         with self._engine.lock:
             return self._iommu.report(iova, length, page_size)

@@ -15,7 +15,8 @@ from common.host.network import Network
 from common.host.operation import OnSigterm
 from common.host.service import look
 from common.ipc.channel import ClosedError, RequestError
-from common.rpc.server import Server, tune_allocator
+from common.memory.allocator import tune_allocator
+from common.rpc.server import Server
 
 __all__ = ["fail", "serve"]
 

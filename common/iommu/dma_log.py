@@ -128,7 +128,7 @@ class DmaLog:
         OSError names the device; then all logs must be considered lost, for some have been cleared.
         """
         pages = window.length // PAGE_SIZE
-        union = empty(pages)
+        union: Words | None = None
         for log in self._logs:
             text = (
                 f"{self._container}: {log.device.name}: cannot get the DMA log of IOVA {window.iova:#x} "
@@ -140,8 +140,8 @@ class DmaLog:
                 raise device_error(error, text) from error
             if not fits(words, pages):
                 raise OSError(errno.EPROTO, f"{text}: the answer is no bitmap of {pages} pages")
-            np.bitwise_or(union, words, out=union)
-        return union
+            union = words if union is None else union | words
+        return empty(pages) if union is None else union
 
     def page_size(self, index: int) -> int:
         """Return the bytes of the pages that the device at `index` logs."""

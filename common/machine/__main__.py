@@ -13,6 +13,7 @@ from common.machine.config import from_json
 from common.machine.fields import ConfigError
 from common.machine.machine import Machine
 from common.machine.service import MachineService
+from common.memory.allocator import tune_allocator
 
 DESCRIPTORS = 8192  # enough for as many devices as there may be, with their sockets, interrupts and doorbells
 
@@ -28,6 +29,7 @@ def main() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, DESCRIPTORS), most))
     configure_logs()
+    tune_allocator()
     try:
         spec = from_json((arguments.directory / "machine.json").read_bytes())
         machine = Machine(spec, arguments.directory, incoming=arguments.incoming)

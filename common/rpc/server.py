@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import threading
 import time
@@ -23,7 +22,7 @@ from common.rpc.access import ANYBODY, Access, is_allowed, names_of
 from common.rpc.channel import BULK_OPTIONS
 from common.rpc.errors import RefusalError, status_of
 
-__all__ = ["Server", "tune_allocator"]
+__all__ = ["Server"]
 
 # A stream keeps its thread. So none may have more of them than a migration needs, and what is left is for calls.
 MAX_STREAMS = {"SendPages": 32, "SendDeviceState": 80, "SendMappings": 2}
@@ -254,20 +253,3 @@ class Server:
         """Refuse new calls, give running ones `grace` seconds, end."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
-
-
-def tune_allocator() -> None:
-    """Keep freed message buffers instead of handing them back to the kernel, and all of them in one place.
-
-    glibc maps every block of a message's size afresh and unmaps it again, so that each message faults in all of its
-    pages anew: a third of a gRPC stream's time. And it keeps an arena for each thread, of which a server has many.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max = -1, -2, -3, -8
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_threshold, 64 << 20)
-        libc.mallopt(m_trim_threshold, 128 << 20)
-        libc.mallopt(m_top_pad, 16 << 20)
-        libc.mallopt(m_arena_max, 1)
-    except (OSError, AttributeError):
-        return

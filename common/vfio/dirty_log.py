@@ -119,7 +119,7 @@ class DirtyLog:
                 self._set(low >> _SHIFT, -(-high >> _SHIFT))
             index += 1
 
-    def report(self, iova: int, length: int, page_size: int) -> bytes:
+    def report(self, iova: int, length: int, page_size: int) -> memoryview:
         """Return and clear what was logged of `length` bytes at `iova`, any part of the ranges or none of them.
 
         The bitmap is in whole little-endian 64-bit words; bit n stands for the page of `page_size` bytes (any power of
@@ -153,7 +153,7 @@ class DirtyLog:
                 dirty[numbers - start] = True
                 packed = np.packbits(dirty, bitorder="little")
                 bitmap[start >> 3 : (start >> 3) + packed.size] |= packed
-        return bitmap.tobytes()
+        return bitmap.data
 
     def discard(self, iova: int, length: int) -> None:
         """Forget what was logged of `length` bytes at `iova`, whole 4 KiB pages; nothing happens if not started."""
