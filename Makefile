@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Everything here starts many processes: what they import is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
 
 .PHONY: help demo test test-matrix test-interop test-faults fuzz check proto proto-fresh mutation wheel bench clean

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from common.signals import ending_signals
 from common.vfio_user.difference import Difference
 from common.vfio_user.proxy import ProxyError, relay
 from common.vfio_user.replay import replay as play
@@ -29,7 +30,7 @@ __all__ = ["capture", "replay"]
 def capture(listen_at: Path, connect_to: Path, file: Path, *, as_json: bool) -> None:
     """Record what a client that connects to one socket says to the server behind the other, until either has gone."""
     with ExitStack() as stack:
-        ended = stack.enter_context(_ending_signals())
+        ended = stack.enter_context(ending_signals())
         server = stack.enter_context(closing(_connect(connect_to)))
         try:
             out = stack.enter_context(file.open("wb"))
@@ -104,22 +105,6 @@ class _Recorder:
         self.messages += 1
         self.commands += not message.header.is_reply
         self.twin_socket |= message.opens_twin_socket
-
-
-@contextmanager
-def _ending_signals() -> Iterator[int]:
-    """Give a descriptor that can be read once Ctrl-C or SIGTERM came: nothing is interrupted in the middle."""
-    ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    before = {
-        number: signal.signal(number, lambda *_: os.eventfd_write(ended, 1))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield ended
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(ended)
 
 
 def _connect(path: Path) -> socket.socket:

@@ -499,10 +499,10 @@ class Migration:
         self._held.close()
         self._channel.close()
         self._machine.close()
-        self._account.close()
         result = self._account.result
         self._host.metrics.ended(result)
         _log.info("migration ended", result=result.result, owner=result.owner, reason=result.reason, error=result.error)
+        self._account.close()
 
     # What every phase uses.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
+import os
+import select
 import sys
-import threading
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -17,6 +17,7 @@ from common.host.service import look
 from common.ipc.channel import ClosedError, RequestError
 from common.memory.allocator import tune_allocator
 from common.rpc.server import Server
+from common.signals import ending_signals
 
 __all__ = ["fail", "serve"]
 
@@ -47,40 +48,38 @@ def serve(
     calls are cut off, and ends a migration that runs. To finish it means to wait first, as long as the daemon is `busy`
     or until a second signal. The machine goes on either way.
     """
-    told = [threading.Event(), threading.Event()]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told[told[0].is_set()].set())
     tune_allocator()
-    try:
-        scraped_at = None
-        if network.metrics is not None:
-            scraped_at = host.metrics.serve(network.metrics, network.tls, lambda: _look(host))
-        server = Server(network.listen, register, services, host.security.server, host.security.access)
-    except OSError as error:
-        return fail(str(error))
-    try:
-        # Nobody is answered before it is known what this host owns.
-        said = opening()
-        server.start()
-        print(f"switchover {host.role}: listening on {server.address}", flush=True)
-        print(f"switchover {host.role}: {said}", flush=True)
-        if scraped_at is not None:
-            print(f"switchover {host.role}: metrics on {scraped_at}", flush=True)
-        told[0].wait()
-        host.ending = True
-        if on_sigterm is OnSigterm.FINISH and busy():
-            print(f"switchover {host.role}: ends after the migration; a second signal aborts it", flush=True)
-            while busy() and not told[1].wait(BUSY_SECONDS):
-                pass
-        closing()
-        if host.machine is not None:
-            print(f"switchover {host.role}: the machine goes on", flush=True)
-    except (HostError, RequestError, OSError, ValueError) as error:
-        return fail(str(error))
-    finally:
-        server.stop(GRACE_SECONDS)
-        host.close()
-    return 0
+    with ending_signals() as told:
+        try:
+            scraped_at = None
+            if network.metrics is not None:
+                scraped_at = host.metrics.serve(network.metrics, network.tls, lambda: _look(host))
+            server = Server(network.listen, register, services, host.security.server, host.security.access)
+        except OSError as error:
+            return fail(str(error))
+        try:
+            # Nobody is answered before it is known what this host owns.
+            said = opening()
+            server.start()
+            print(f"switchover {host.role}: listening on {server.address}", flush=True)
+            print(f"switchover {host.role}: {said}", flush=True)
+            if scraped_at is not None:
+                print(f"switchover {host.role}: metrics on {scraped_at}", flush=True)
+            os.read(told, 1)
+            host.ending = True
+            if on_sigterm is OnSigterm.FINISH and busy():
+                print(f"switchover {host.role}: ends after the migration; a second signal aborts it", flush=True)
+                while busy() and not select.select([told], (), (), BUSY_SECONDS)[0]:
+                    pass
+            closing()
+            if host.machine is not None:
+                print(f"switchover {host.role}: the machine goes on", flush=True)
+        except (HostError, RequestError, OSError, ValueError) as error:
+            return fail(str(error))
+        finally:
+            server.stop(GRACE_SECONDS)
+            host.close()
+        return 0
 
 
 def _look(host: Host) -> host_pb2.GetMachineResponse:

@@ -33,6 +33,7 @@ __all__ = ["MachineService"]
 
 _log = structlog.get_logger()
 
+SIGNAL_SECONDS = 1.0
 STATE_CHANGE_SECONDS = 5.0  # for which a daemon may wait in one request
 
 
@@ -63,7 +64,9 @@ class MachineService:
         listener.listen()
         unlisted.rename(path)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-        self.ended.wait()
+        # A signal may come to another thread, and nothing wakes this one for its handler (common/signals.py).
+        while not self.ended.wait(SIGNAL_SECONDS):
+            pass
         path.unlink(missing_ok=True)
 
     def _accept(self, listener: socket.socket) -> None:
