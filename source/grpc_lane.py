@@ -7,7 +7,7 @@ from collections.abc import Callable
 import grpc
 from switchover.v1 import migration_pb2
 
-from common.memory.pages import BATCH_PAGES, PageBatch
+from common.memory.pages import PageBatch
 from common.rpc.page_batch import serialize
 from source.lanes import Unacked
 from source.limiter import Limiter
@@ -20,8 +20,6 @@ SEND_PAGES = "/switchover.v1.MigrationService/SendPages"
 
 class GrpcLane:
     """See `PageLane`."""
-
-    batch_pages = BATCH_PAGES
 
     def __init__(
         self,

@@ -29,10 +29,6 @@ class PageLane(Protocol):
     def sequence(self) -> int:
         """Number of the last batch."""
 
-    @property
-    def batch_pages(self) -> int:
-        """How many pages with a payload a batch should have that is not compressed."""
-
     def send(self, batch: PageBatch) -> int:
         """Number a batch and send it, as soon as the bandwidth limit and the destination let it; return its size."""
 
@@ -94,7 +90,7 @@ class PageLanes:
 
     def _send(self, index: int, runs: Runs, data: Runs, number: int) -> LaneStats:
         lane, stats = self._lanes[index], LaneStats()
-        for batch in self._packer.batches(index, runs, data, number, lane.batch_pages, lane.drain):
+        for batch in self._packer.batches(index, runs, data, number, lane.drain):
             stats.count(batch, lane.send(batch))
         lane.drain()
         return stats

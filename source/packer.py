@@ -59,19 +59,19 @@ class Packer:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
 
     def batches(
-        self, lane: int, pages: Runs, data: Runs, number: int, batch_pages: int, drain: Callable[[], None]
+        self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]
     ) -> Iterator[PageBatch]:
         """Yield a lane's batches of round `number`; they may refer to RAM, until the next one is asked for.
 
-        `data` are the runs of RAM that are not holes: no page outside them is read. `batch_pages` is how many pages a
-        batch has that is not packed; `drain` waits until everything that the lane has sent is applied.
+        `data` are the runs of RAM that are not holes: no page outside them is read. `drain` waits until everything that
+        the lane has sent is applied.
         """
-        for batch in self._batches(lane, pages, data, number, batch_pages, drain):
+        for batch in self._batches(lane, pages, data, number, drain):
             yield batch
             self._sent_so_far[lane].count(batch)
 
     def _batches(
-        self, lane: int, pages: Runs, data: Runs, number: int, batch_pages: int, drain: Callable[[], None]
+        self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]
     ) -> Iterator[PageBatch]:
         method = NONE
         sent = self._sent[lane]
@@ -85,7 +85,7 @@ class Packer:
             return 0 if method is NONE else min(method.unit_pages, most)
 
         packing: deque[Future[tuple[PageBatch, Method]]] = deque()
-        for batch in encode(self._ram, *pages, round=number, data=data, batch_pages=batch_pages, copied=copied):
+        for batch in encode(self._ram, *pages, round=number, data=data, copied=copied):
             if method is not NONE and batch.payload:
                 sent.reduce(batch)
                 packing.append(self._pool.submit(self._pack, batch, method))

@@ -14,7 +14,6 @@ from typing import NoReturn
 
 import grpc
 
-from common.memory.compression import MAX_UNIT_PAGES
 from common.memory.pages import PageBatch
 from common.rpc.errors import PeerError
 from common.rpc.lane_frame import AckReader, LaneRefusedError, pack_ack, pack_batch, pack_end, pack_hello
@@ -53,8 +52,6 @@ class LanePort:
 
 class TcpLane:
     """See `PageLane`."""
-
-    batch_pages = MAX_UNIT_PAGES
 
     def __init__(self, port: LanePort, token: bytes, limiter: Limiter, on_applied: Callable[[int, int], None]) -> None:
         """Open the lane that a token is for; `on_applied` as for `Unacked`."""

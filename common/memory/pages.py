@@ -25,7 +25,6 @@ from common.memory.ram import GuestRam
 from common.memory.runs import Runs
 
 __all__ = [
-    "BATCH_PAGES",
     "MAX_PAGES",
     "MAX_PAYLOAD",
     "MAX_RUNS",
@@ -42,14 +41,14 @@ __all__ = [
     "to_bits",
 ]
 
-BATCH_PAGES = 256  # pages with a payload that is not copied, if nothing else is asked for: 1 MiB
 MAX_PAGES = 1 << 22  # pages of any kind: 16 GiB of holes, 512 KiB of zero bits
 MAX_RUNS = 1 << 16  # 1 MiB of run numbers
 MAX_PAYLOAD = MAX_UNIT_PAGES * PAGE_SIZE + MAX_UNIT_PAGES * PAGE_SIZE // 255 + 16  # packed: LZ4_COMPRESSBOUND
 # Pages looked at together: 64 MiB, so that a batch that is not full is rare, and zero pages fill no batches at all.
 _WINDOW_PAGES = 1 << 14
-# One word of each eighth of a page tells most pages that are not zero.
+# The first word tells most pages that are not zero, one of each eighth nearly all others; so many pages fit a cache.
 _SAMPLE = 64
+_CACHED_PAGES = 256
 # From so many scattered pieces on, one gather (which releases the interpreter lock) beats slices.
 _MAX_PARTS = 64
 
@@ -163,12 +162,11 @@ def encode(
     *,
     round: int,  # noqa: A002 - the name that the field has everywhere
     data: Runs | None = None,
-    batch_pages: int = BATCH_PAGES,
     copied: Callable[[], int] | None = None,
 ) -> Iterator[PageBatch]:
     """Yield raw batches that carry the pages of ascending runs, each page once; their sequence is 0.
 
-    A batch has up to `batch_pages` (at most `MAX_UNIT_PAGES`) pages with a payload.
+    A batch has up to `MAX_UNIT_PAGES` pages with a payload: a smaller message costs as many wake-ups of threads.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
     dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM: it is to be
@@ -189,7 +187,7 @@ def encode(
         while begin < pages.size:
             # A batch ends where the next page with a payload would be too many; zero pages go with the batch before.
             copy = copied() if copied is not None else 0
-            full += copy or batch_pages
+            full += copy or MAX_UNIT_PAGES
             end = int(filled[full]) if full < filled.size else pages.size
             bits = zero[begin:end]
             batch = _batch(round, runs.from_pages(pages[begin:end]), to_bits(bits))
@@ -231,10 +229,15 @@ def _windows(source: Runs, size: int) -> Iterator[Runs]:
 
 def _zero_pages(ram: GuestRam, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Return which of the pages are zero; all of them hold data."""
-    zero: npt.NDArray[np.bool_] = np.bitwise_or.reduce(ram.words[:, ::_SAMPLE][pages], axis=1) == 0
+    first, last = int(pages[0]), int(pages[-1])
+    # Side by side they are a view; to gather even one word of each takes as long as to look at it.
+    words = ram.words[first : last + 1, 0] if last - first + 1 == pages.size else ram.words[:, 0][pages]
+    zero: npt.NDArray[np.bool_] = words == 0
     candidates = np.flatnonzero(zero)
-    for start in range(0, candidates.size, BATCH_PAGES):
-        part = candidates[start : start + BATCH_PAGES]
+    zero[candidates] = np.bitwise_or.reduce(ram.words[:, ::_SAMPLE][pages[candidates]], axis=1) == 0
+    candidates = np.flatnonzero(zero)
+    for start in range(0, candidates.size, _CACHED_PAGES):
+        part = candidates[start : start + _CACHED_PAGES]
         numbers = pages[part]
         first, last = int(numbers[0]), int(numbers[-1])
         if last - first + 1 == numbers.size:

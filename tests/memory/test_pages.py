@@ -14,7 +14,7 @@ from common.memory import pages as codec
 from common.memory import runs
 from common.memory.compression import MAX_UNIT_PAGES, METHODS, NONE, ZSTD, Method
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
-from common.memory.pages import BATCH_PAGES, Applier, Encoding, PageBatch, check, encode, lane_of, pack, split_lanes
+from common.memory.pages import Applier, Encoding, PageBatch, check, encode, lane_of, pack, split_lanes
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
 from common.rpc.page_batch import parse, serialize
@@ -157,11 +157,11 @@ def test_pages_outside_the_given_data_runs_are_not_read(source: GuestRam) -> Non
 
 
 def test_contiguous_pages_are_slices_of_ram(source: GuestRam) -> None:
-    source.pages[:300] = 1
-    first, second = encode(source, *runs.one(0, 300), round=0)
-    assert [len(part) for part in first.payload] == [BATCH_PAGES * PAGE_SIZE]
-    assert first.payload_bytes == BATCH_PAGES * PAGE_SIZE and first.pages == BATCH_PAGES
-    assert second.pages == 300 - BATCH_PAGES
+    source.pages[:1300] = 1
+    first, second = encode(source, *runs.one(0, 1300), round=0)
+    assert [len(part) for part in first.payload] == [MAX_UNIT_PAGES * PAGE_SIZE]
+    assert first.payload_bytes == MAX_UNIT_PAGES * PAGE_SIZE and first.pages == MAX_UNIT_PAGES
+    assert second.pages == 1300 - MAX_UNIT_PAGES
     source.pages[5] = 9
     assert bytes(first.payload[0][5 * PAGE_SIZE : 6 * PAGE_SIZE]) == b"\x09" * PAGE_SIZE
 
@@ -193,7 +193,7 @@ def test_pages_are_packed_where_it_helps(source: GuestRam, target: GuestRam, met
 
 
 def test_what_is_packed_is_a_copy(source: GuestRam, target: GuestRam) -> None:
-    source.pages[:300] = 1
+    source.pages[:1300] = 1
     sizes = iter([256, 0, 0])
     first, second = encode(source, *runs.one(0, 300), round=0, copied=lambda: next(sizes))
     source.pages[:300] = 2

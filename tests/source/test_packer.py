@@ -10,7 +10,7 @@ from switchover.v1 import host_pb2
 from common.memory import runs
 from common.memory.compression import LZ4, ZSTD
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
-from common.memory.pages import BATCH_PAGES, Applier, Encoding, PageBatch
+from common.memory.pages import Applier, Encoding, PageBatch
 from common.memory.ram import GuestRam
 from common.rpc.page_batch import parse, serialize
 from source import packer as packer_module
@@ -55,7 +55,7 @@ def opened(source: GuestRam) -> Iterator[Callable[..., Packer]]:
 def send(packer: Packer, applier: Applier, source: GuestRam, number: int) -> list[PageBatch]:
     """Send all of RAM, acknowledging each batch at once; return what arrived."""
     arrived = []
-    for batch in packer.batches(0, ALL, source.data_runs(), number, BATCH_PAGES, lambda: None):
+    for batch in packer.batches(0, ALL, source.data_runs(), number, lambda: None):
         message = serialize(batch)
         arrived.append(parse(message))
         applier.apply(arrived[-1])
@@ -120,7 +120,7 @@ def test_only_so_much_is_packed_ahead(
 
     monkeypatch.setattr(packer_module, "pack", slow)
     packer = opened(host_pb2.COMPRESSION_LZ4)
-    batches = packer.batches(0, ALL, source.data_runs(), 0, BATCH_PAGES, lambda: None)
+    batches = packer.batches(0, ALL, source.data_runs(), 0, lambda: None)
     holes = next(batches)
     assert not holes.payload
     next(batches)
@@ -136,4 +136,4 @@ def test_what_fails_while_packing_fails_the_lane(
 
     monkeypatch.setattr(packer_module, "pack", broken)
     with pytest.raises(MemoryError):
-        list(opened(host_pb2.COMPRESSION_ZSTD).batches(0, ALL, source.data_runs(), 0, BATCH_PAGES, lambda: None))
+        list(opened(host_pb2.COMPRESSION_ZSTD).batches(0, ALL, source.data_runs(), 0, lambda: None))
