@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from common.memory.pages import Applier, PageBatch, belongs
+from common.memory.pages import Applier, PageBatch, Receive, belongs
 from destination.refusal import bad
 
-__all__ = ["Lanes", "Receive"]
-
-# Fills buffers with a batch's payload, as it comes.
-Receive = Callable[[Sequence[memoryview]], None]
+__all__ = ["Lanes"]
 
 
 class Lanes:

@@ -28,14 +28,14 @@ from common.machine.device import Digest
 from common.machine.launch import launch
 from common.machine.record import Ownership
 from common.memory.layout import PAGE_SIZE
-from common.memory.pages import Applier, PageBatch
+from common.memory.pages import Applier, PageBatch, Receive
 from common.rpc.errors import RefusalError
 from common.rpc.lane_frame import pack_refusal
 from common.rpc.lane_socket import LaneSocket
 from destination import handover
 from destination.handover import Event
 from destination.lane_port import LanePort
-from destination.lanes import Lanes, Receive
+from destination.lanes import Lanes
 from destination.loading import Loading, check_whole
 from destination.refusal import bad
 from destination.request import changes, check_memory, describe, find_devices, rest

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.memory.pages import MAX_PAYLOAD, PageBatch
+from common.memory.pages import MAX_PAYLOAD, PageBatch, Receive
 from common.rpc.lane_frame import HEADER_SIZE, pack_ack, parse_header
 from common.rpc.lane_socket import LaneSocket
-from destination.lanes import Receive
 from destination.refusal import bad
 
 __all__ = ["receive_batches"]

@@ -31,6 +31,7 @@ __all__ = [
     "Applier",
     "Encoding",
     "PageBatch",
+    "Receive",
     "belongs",
     "check",
     "encode",
@@ -51,6 +52,11 @@ _SAMPLE = 64
 _CACHED_PAGES = 256
 # From so many scattered pieces on, one gather (which releases the interpreter lock) beats slices.
 _MAX_PARTS = 64
+
+Numbers = npt.NDArray[np.int64]
+Block = npt.NDArray[np.uint8]
+# Fills buffers with a batch's payload, as it comes.
+Receive = Callable[[Sequence[memoryview]], None]
 
 
 @dataclass(slots=True)
@@ -75,11 +81,11 @@ class PageBatch:
     equal: bytes = b""
     delta: bytes = b""
     equal_to: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    pages: int = field(init=False)
+    """Number of pages, zero pages too."""
 
-    @property
-    def pages(self) -> int:
-        """Number of pages, zero pages too."""
-        return int(self.run_pages.sum())
+    def __post_init__(self) -> None:
+        self.pages = int(self.run_pages.sum())
 
     @property
     def zero_pages(self) -> int:
@@ -129,7 +135,7 @@ def flags(bits: bytes, count: int) -> npt.NDArray[np.bool_]:
 
 
 def _count(bits: bytes) -> int:
-    return int(np.bitwise_count(np.frombuffer(bits, np.uint8)).sum(dtype=np.int64))
+    return int.from_bytes(bits, "little").bit_count()
 
 
 def lane_of(page: int, lanes: int) -> int:
@@ -190,8 +196,9 @@ def encode(
             full += copy or MAX_UNIT_PAGES
             end = int(filled[full]) if full < filled.size else pages.size
             bits = zero[begin:end]
-            batch = _batch(round, runs.from_pages(pages[begin:end]), to_bits(bits))
-            _fill(batch, ram, pages[begin:end][~bits], copied=copy > 0)
+            covered = runs.from_pages(pages[begin:end])
+            batch = _batch(round, covered, to_bits(bits))
+            _fill(batch, ram, runs.from_pages(pages[begin:end][~bits]) if bits.any() else covered, copied=copy > 0)
             yield batch
             begin = end
 
@@ -248,17 +255,17 @@ def _zero_pages(ram: GuestRam, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.b
     return zero
 
 
-def _fill(batch: PageBatch, ram: GuestRam, pages: npt.NDArray[np.int64], *, copied: bool) -> None:
-    """Give a batch its payload: the bytes of `pages`."""
-    if not pages.size:
+def _fill(batch: PageBatch, ram: GuestRam, places: Runs, *, copied: bool) -> None:
+    """Give a batch its payload: the bytes of the pages in these places."""
+    first, count = places
+    if not first.size:
         return
-    first, count = runs.from_pages(pages)
     if first.size <= _MAX_PARTS and not copied:
         starts = (first * PAGE_SIZE).tolist()
         ends = ((first + count) * PAGE_SIZE).tolist()
         batch.payload = [ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
     else:
-        batch.payload = (np.take(ram.pages, pages, axis=0, mode="clip").reshape(-1).data,)
+        batch.payload = (np.take(ram.pages, runs.expand(places), axis=0, mode="clip").reshape(-1).data,)
 
 
 def check(batch: PageBatch, pages_in_ram: int) -> None:
@@ -328,7 +335,7 @@ class Applier:
         self._written = np.zeros(ram.layout.pages, np.bool_)
         self.generation_of_chunk = np.zeros(ram.layout.pages // CHUNK_PAGES, np.uint32)
 
-    def apply(self, batch: PageBatch, receive: Callable[[Sequence[memoryview]], None] | None = None) -> tuple[int, int]:
+    def apply(self, batch: PageBatch, receive: Receive | None = None) -> tuple[int, int]:
         """Put a batch into RAM; return (pages, zero pages among them).
 
         `ValueError`, with RAM unchanged, if the batch is not in order.
@@ -344,6 +351,10 @@ class Applier:
             self._clear(covered)
             return pages, zero_pages
         numbers = runs.expand(covered)
+        if batch.payload_pages == pages and not batch.delta:
+            # Most of round 0, and no flag of any page is looked at.
+            self._write(numbers, covered, self._payload(batch, covered, receive), receive)
+            return pages, zero_pages
         zero, unchanged, equal, delta = (
             flags(bits, pages) for bits in (batch.zero, batch.unchanged, batch.equal, batch.delta)
         )
@@ -353,11 +364,7 @@ class Applier:
         whole = ~(zero | unchanged | equal)
         filled = numbers[whole]
         places = runs.from_pages(filled)
-        payload = None
-        if receive is None or batch.encoding != Encoding.RAW or batch.delta or places[0].size > _MAX_PARTS:
-            if receive is not None:
-                receive([memoryview(part) for part in batch.payload])
-            payload = self._unpack(batch, filled.size)
+        payload = self._payload(batch, places, receive)
         # All that is referred to is read before anything is written.
         others = self._ram.pages[equal_to]
         if payload is not None and batch.delta:
@@ -365,28 +372,38 @@ class Applier:
             payload[delta[whole]] ^= self._ram.pages[numbers[delta]]
         if zero_pages:
             self._clear(runs.from_pages(numbers[zero]))
-        written = numbers[whole | equal]
-        self._written[written] = True
+        self._write(filled, places, payload, receive)
+        self._write(numbers[equal], runs.from_pages(numbers[equal]), others)
+        return pages, zero_pages
+
+    def _payload(self, batch: PageBatch, places: Runs, receive: Receive | None) -> Block | None:
+        """Return the pages of a payload, received and unpacked; None if `receive` is to put them into RAM itself."""
+        if receive is not None:
+            if batch.encoding == Encoding.RAW and not batch.delta and places[0].size <= _MAX_PARTS:
+                return None
+            receive([memoryview(part) for part in batch.payload])
+        size = runs.total(places) * PAGE_SIZE
+        return np.frombuffer(unpack(batch.encoding, _joined(batch.payload), size), np.uint8).reshape(-1, PAGE_SIZE)
+
+    def _write(self, numbers: Numbers, places: Runs, payload: Block | None, receive: Receive | None = None) -> None:
+        """Write pages, which are in these places."""
+        if not numbers.size:
+            return
+        self._written[numbers] = True
         try:
             if payload is not None:
-                self._store(filled, places, payload)
+                self._store(numbers, places, payload)
             elif receive is not None:
                 receive(self._views(places))
-            self._store(numbers[equal], runs.from_pages(numbers[equal]), others)
         finally:
-            self._changed(written)
-        return pages, zero_pages
+            self._changed(numbers)
 
     def _views(self, places: Runs) -> list[memoryview]:
         starts = (places[0] * PAGE_SIZE).tolist()
         ends = ((places[0] + places[1]) * PAGE_SIZE).tolist()
         return [self._ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
 
-    def _unpack(self, batch: PageBatch, pages: int) -> npt.NDArray[np.uint8]:
-        size = pages * PAGE_SIZE
-        return np.frombuffer(unpack(batch.encoding, _joined(batch.payload), size), np.uint8).reshape(-1, PAGE_SIZE)
-
-    def _store(self, numbers: npt.NDArray[np.int64], places: Runs, payload: npt.NDArray[np.uint8]) -> None:
+    def _store(self, numbers: Numbers, places: Runs, payload: Block) -> None:
         first, count = places
         if first.size <= _MAX_PARTS:
             done = 0
@@ -407,7 +424,7 @@ class Applier:
             self._written[numbers] = False
             self._changed(numbers)
 
-    def _changed(self, numbers: npt.NDArray[np.int64]) -> None:
+    def _changed(self, numbers: Numbers) -> None:
         chunks = numbers // CHUNK_PAGES
         self.generation_of_chunk[chunks[:1]] += 1
         self.generation_of_chunk[chunks[1:][chunks[1:] != chunks[:-1]]] += 1
