@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import cost, peers, tracking, vfio_user
+from benchmarks import cost, downtime, peers, tracking, vfio_user
 from common.machine.quantities import parse_size
 from common.memory.allocator import tune_allocator
 
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, Callable[[int], None]] = {
     "idle": cost.idle,
     "growth": cost.growth,
     "memory": cost.memory,
+    "downtime": downtime.downtime,
     "large": tracking.large,
     "mappings": tracking.mappings,
     "strategies": tracking.strategies,

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cpu import children_of, cpu_seconds, is_alive
 from benchmarks.link import End, Link
@@ -21,7 +22,7 @@ from common.memory.layout import PAGE_SIZE
 from console.exit_codes import ExitCode
 from console.launch import LISTENING
 
-__all__ = ["OurHosts", "UnknownOptionError", "open_hosts"]
+__all__ = ["ENVIRONMENT", "OurHosts", "UnknownOptionError", "hosts", "open_hosts"]
 
 START_S = 120.0
 STOP_S = 15.0
@@ -53,8 +54,8 @@ class OurHosts:
         self.holder, self.other = holder, other
         self._limit = [] if limit is None else ["--bandwidth", f"{limit:.0f}"]
 
-    def move(self, options: Sequence[str]) -> Sample:
-        """Migrate once; OSError if that fails."""
+    def migrate(self, options: Sequence[str]) -> tuple[dict[str, Any], list[float]]:
+        """Migrate once; return what the command tells, and the CPU seconds of both ends. OSError if that fails."""
         watch = self.holder.command("watch", self.holder.address, "--json")
         command = [*self.holder.command("migrate", "--source", self.holder.address), "--json", *self._limit, *options]
         with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as watcher:
@@ -71,12 +72,16 @@ class OurHosts:
                     raise UnknownOptionError(done.stderr.strip().splitlines()[-1])
                 if done.returncode:
                     raise OSError(f"switchover: {(done.stdout + done.stderr).strip()}")
-                source_cpu, destination_cpu = cpu.wait()
+                spent = cpu.wait()
             finally:
                 watcher.kill()
         self._let_go()
         self.holder, self.other = self.other, self.holder
-        told = json.loads(done.stdout)
+        return json.loads(done.stdout), spent
+
+    def move(self, options: Sequence[str]) -> Sample:
+        """The same, as a sample."""
+        told, (source_cpu, destination_cpu) = self.migrate(options)
         return Sample(
             ram_bytes=told["ram"]["bytes"],
             transfer_s=(sum(each["ms"] for each in told["rounds"]) + told["downtime_ms"]) / 1000,
@@ -129,17 +134,27 @@ class _Cpu:
 @contextmanager
 def open_hosts(link: Link, directory: Path, image: Path, size: int, ram_copy: Path) -> Iterator[OurHosts]:
     """Run two hosts, the first with a machine full of a file, which is removed; its RAM is copied to `ram_copy`."""
-    machine = directory / "machine.toml"
     lines = ['name = "bench"', "[ram]", f"size = {size}", f"image = [{json.dumps(str(image))}]", "zero_fraction = 0.0"]
-    machine.write_text("\n".join([*lines, "[[guest]]", 'program = "idle"']) + "\n")
-    with ExitStack() as stack:
-        holder = stack.enter_context(_host(link.source, directory / "a", "--machine", str(machine)))
-        other = stack.enter_context(_host(link.destination, directory / "b"))
+    with hosts(link, directory, "\n".join([*lines, "[[guest]]", 'program = "idle"']) + "\n") as opened:
         client = _running_machine(directory / "a" / "run" / "boot")
         with client.ram(writable=False) as ram, ram_copy.open("wb") as file:
             file.write(ram.view)
         client.close()
         image.unlink()
+        yield opened
+
+
+@contextmanager
+def hosts(
+    link: Link, directory: Path, machine: str, environment: Mapping[str, str] = ENVIRONMENT
+) -> Iterator[OurHosts]:
+    """Run two hosts, the first with a machine of this description."""
+    file = directory / "machine.toml"
+    file.write_text(machine)
+    with ExitStack() as stack:
+        holder = stack.enter_context(_host(link.source, directory / "a", environment, "--machine", str(file)))
+        other = stack.enter_context(_host(link.destination, directory / "b", environment))
+        _running_machine(directory / "a" / "run" / "boot").close()
         yield OurHosts(holder, other, link.limit)
 
 
@@ -156,7 +171,7 @@ def _running_machine(directory: Path) -> MachineClient:
 
 
 @contextmanager
-def _host(end: End, directory: Path, *options: str) -> Iterator[Host]:
+def _host(end: End, directory: Path, environment: Mapping[str, str], *options: str) -> Iterator[Host]:
     listen = ["--listen", f"{end.address}:0", "--insecure", "--state-dir", str(directory)]
     command = [*end.prefix, *US, "host", *listen, *options]
     with (directory.with_suffix(".log")).open("wb") as log:
@@ -167,7 +182,7 @@ def _host(end: End, directory: Path, *options: str) -> Iterator[Host]:
             stderr=log,
             text=True,
             start_new_session=True,
-            env=ENVIRONMENT,
+            env=environment,
         )
     assert process.stdout is not None
     address = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -45,6 +45,7 @@ from source.lane_stats import LaneStats
 from source.lanes import PageLane
 from source.limiter import Limiter
 from source.policy import Action, Limits, RoundFacts, decide
+from source.state_streams import DeviceStream
 from source.streams import Streams
 from source.tcp_lane import LanePort, TcpLane
 from source.verdict import DataLossError
@@ -321,7 +322,8 @@ class Migration:
             stats,
             dirty_pages=bitmap.count(self._dirty),
             device_bytes=sum(stream.remaining() for stream in devices),
-            initial_data_loaded=not self._running or all(stream.initial_data_loaded for stream in devices),
+            initial_data_loaded=not (self._running and hooks.guarded("switchover-ack"))
+            or all(stream.initial_data_loaded for stream in devices),
         )
 
     # switchover: the machine stands still, and all that is left of it goes over.
@@ -343,7 +345,9 @@ class Migration:
         with self._account.downtime("quiesce"):
             self._machine.quiesce()
         hooks.reach("source.stopped")
-        last_bytes = [self._pool.submit(stream.stop_copy) for stream in self._streams.devices]
+        devices = self._streams.devices
+        together = [[stream] for stream in devices] if hooks.guarded("parallel-device-streams") else [devices]
+        last_bytes = [self._pool.submit(_stop_copies, streams) for streams in together]
         if self._verifier is not None and self._request.verify == Verify.VERIFY_MODE_STRICT:
             self._verifier.start_reading()
         number = len(self._account.facts)
@@ -528,3 +532,8 @@ class Migration:
         answer = call.result()
         self._call = None
         return answer
+
+
+def _stop_copies(streams: Sequence[DeviceStream]) -> None:
+    for stream in streams:
+        stream.stop_copy()
