@@ -32,6 +32,7 @@ from common.rpc.errors import RefusalError
 __all__ = ["Host", "HostError", "default_state_dir"]
 
 PLAIN = Security()
+MAX_DECISIONS = 4096
 
 _log = structlog.get_logger()
 
@@ -113,6 +114,13 @@ class Host:
         directory = self.directory / "decisions"
         directory.mkdir(exist_ok=True, mode=0o700)
         record.write_durably(directory / session_id, decision)
+        with os.scandir(directory) as entries, suppress(FileNotFoundError):  # another thread is here too
+            kept = sorted((entry.stat().st_mtime_ns, entry.name) for entry in entries)
+            if len(kept) > MAX_DECISIONS:
+                # Whoever may ask for decisions could fill the disk. No COMMIT is on its way for so many sessions.
+                oldest = next((name for _, name in kept if name != session_id and self._noted(name) == REVOKED), None)
+                if oldest is not None:
+                    (directory / oldest).unlink()
 
     def decision(self, session_id: str) -> str | None:
         """Return how a session ended: COMMITTED, REVOKED, or None if that is open, or no such session came."""

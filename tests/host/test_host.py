@@ -573,6 +573,17 @@ KEPT = [
 ]
 
 
+def test_revoked_sessions_do_not_fill_the_disk(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "MAX_DECISIONS", 3)
+    host.decide("c0", COMMITTED)
+    for number in range(6):
+        host.decide(f"5e{number}", REVOKED)
+        os.utime(host.directory / "decisions" / f"5e{number}", ns=(number, number))
+    assert host.decision("c0") == COMMITTED
+    assert [host.decision(f"5e{number}") for number in range(6)] == [None] * 4 + [REVOKED] * 2
+    assert len(list((host.directory / "decisions").iterdir())) == 3
+
+
 @pytest.mark.parametrize(("ownership", "state", "reason"), KEPT)
 def test_what_may_be_forgotten(ownership: Ownership | None, state: str | None, reason: str | None) -> None:
     record_ = None if ownership is None else Record(UUID, "vm", 3, ownership, "/run/s", "5e55", "b:1")
