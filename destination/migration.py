@@ -99,6 +99,7 @@ class Arrival:
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "CANNOT_BUILD", str(error)) from error
         self._machine = machine
         machine.begin(self.session_id)
+        hooks.reach("destination.preparing")
         self._host.tell_states(machine)
         self._ram = self._held.enter_context(machine.ram(writable=True))
         for first, count in zip(request.data_first, request.data_pages, strict=True):

@@ -471,7 +471,8 @@ class Migration:
         except (ClosedError, RequestError) as error:
             _log.error("the machine did not take the end of the migration", message=str(error))
         self._close_streams(abort=True)
-        if self._prepared:
+        # A cancelled Prepare may be under way there.
+        if self._prepared or self._cancelled.is_set():
             try:
                 self._stub.Abort(
                     migration_pb2.AbortRequest(session_id=self.session_id, reason=why), timeout=CALL_SECONDS

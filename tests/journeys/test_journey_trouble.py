@@ -22,7 +22,10 @@ PHASES = (
     "source.stopped",
     *(
         pytest.param(point, marks=pytest.mark.matrix)
-        for point in ("source.precopy", "source.round1", "source.switchover", "source.paused", "source.handover")
+        for point in (
+            *("destination.preparing", "source.precopy", "source.round1", "source.switchover", "source.paused"),
+            "source.handover",
+        )
     ),
 )
 MBIT = 1e6 / 8
@@ -60,7 +63,8 @@ def test_cancelled_in_each_phase_and_tried_again(
     assert (result.result, result.reason) == ("cancelled", "CANCELLED")
     before = goes_on(source, before)
     assert {device.state for device in source.look().machine.devices} == {"RUNNING"}
-    wait_for(lambda: not destination.look().migrating, "the destination has not let go")
+    # It was told: by itself it would wait 30 s for its source.
+    wait_for(lambda: not destination.look().migrating, "the destination has not let go", 25)
     assert_completed(source.migrate(destination.address, lane_kind=kind))
     goes_on(destination, before)
 
