@@ -109,6 +109,8 @@ class Arrival:
             self._verifier = Verifier(self._ram, applier, early=self._verify == Verify.VERIFY_MODE_DEFERRED)
         machine.enter_resuming()
         self._devices = {device.name: Loading(device.has_precopy) for device in machine.devices()}
+        if self._verifier is not None:
+            self._verifier.wait_until_ready()
         with self._decision:
             if self.state != handover.PREPARING:
                 # It was revoked while it was built, when there was nothing to take down yet.

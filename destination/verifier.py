@@ -15,8 +15,9 @@ import numpy.typing as npt
 from switchover.v1 import migration_pb2
 
 from common.machine.device import Digest
+from common.memory import runs
 from common.memory.digest import DigestWorkers
-from common.memory.layout import CHUNK_SIZE
+from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE
 from common.memory.pages import Applier
 from common.memory.ram import GuestRam
 
@@ -34,6 +35,9 @@ class Verifier:
         """Start to read settled chunks if `early`."""
         self._workers = DigestWorkers(ram)
         self._applier = applier
+        start, _ = runs.cut_at_chunks(ram.data_runs())
+        self._hole = np.ones(ram.size // CHUNK_SIZE, np.bool_)
+        self._hole[start // CHUNK_PAGES] = False
         self._digests = np.zeros(ram.size // CHUNK_SIZE, np.uint64)
         self._read_generation = np.full(self._digests.size, NEVER_READ, np.int64)
         self._lock = threading.Lock()
@@ -47,7 +51,8 @@ class Verifier:
         while not self._ended.wait(SETTLE_SECONDS):
             now = self._generation()
             with self._lock:
-                self._read((now == before) & (now != self._read_generation) & (now > 0))
+                # What is populated already is only waiting to be written; what is not costs nothing to read.
+                self._read((now == before) & (now != self._read_generation) & ((now > 0) | self._hole))
             before = now
 
     def _generation(self) -> npt.NDArray[np.int64]:
@@ -59,6 +64,10 @@ class Verifier:
             generation = self._generation()[first:last]
             self._digests[first:last] = self._workers.chunks(first, last)
             self._read_generation[first:last] = generation
+
+    def wait_until_ready(self) -> None:
+        """Return when RAM can be read without further delay."""
+        self._workers.wait_until_ready()
 
     def complete(self) -> None:
         """Read every chunk that was written since it was read; nothing may be written from now on."""

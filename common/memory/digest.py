@@ -109,6 +109,10 @@ class DigestWorkers:
             fds = (self._ram.fd, theirs.fileno())
             self._processes.append(subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL))
 
+    def wait_until_ready(self) -> None:
+        """Return when all of them answer: whoever asks while a machine stands still must not wait for their start."""
+        list(self._threads.map(lambda client: client.call("chunks", first=0, last=0), self._clients))
+
     def chunks(self, first: int = 0, last: int | None = None) -> Digests:
         """Return the digests of chunks `first` up to and without `last` (None: to the end of RAM).
 
