@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import lz4.block
-import numpy as np
 
-from common.memory.bitmap import Words
+from common.memory.bitmap import Words, pack, unpack
 
 __all__ = ["History"]
 
@@ -20,9 +19,14 @@ __all__ = ["History"]
 class _Entry:
     label: str
     packed: bytes
+    pages: int
+
+    @classmethod
+    def of(cls, label: str, words: Words) -> _Entry:
+        return cls(label, lz4.block.compress(pack(words)), words.size * 64)
 
     def has(self, page: int) -> bool:
-        words = np.frombuffer(lz4.block.decompress(self.packed), np.uint64)
+        words = unpack(lz4.block.decompress(self.packed), self.pages)
         return bool(int(words[page // 64]) >> (page % 64) & 1)
 
 
@@ -35,11 +39,11 @@ class History:
 
     def sent(self, number: int, words: Words) -> None:
         """Remember what a round after round 0, which sends everything, sends."""
-        self._sent.append(_Entry(str(number), lz4.block.compress(words.tobytes())))
+        self._sent.append(_Entry.of(str(number), words))
 
     def reported(self, number: int, source: str, words: Words) -> None:
         """Remember what a collection after round `number` was told by a source of dirty pages."""
-        self._reported.append(_Entry(f"after round {number}: {source}", lz4.block.compress(words.tobytes())))
+        self._reported.append(_Entry.of(f"after round {number}: {source}", words))
 
     def rounds_that_sent(self, page: int) -> list[int]:
         """Return the numbers of the rounds that sent a page."""

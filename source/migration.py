@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-import numpy as np
 import structlog
 from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
@@ -352,7 +351,8 @@ class Migration:
             self._verifier.start_reading()
         number = len(self._account.facts)
         with self._account.downtime("last_sync"):
-            last = self._sync(number - 1) | (self._dirty if hooks.guarded("missed-dirty") else np.uint64(0))
+            before = [self._dirty] if hooks.guarded("missed-dirty") else []
+            last = bitmap.union([self._sync(number - 1), *before], self._ram.layout.pages)
         with self._account.downtime("last_ram"):
             self._history.sent(number, last)
             stats = self._send_round(number, bitmap.runs_of(last))

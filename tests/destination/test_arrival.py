@@ -127,6 +127,9 @@ class FakeVerifier:
         self.calls: list[str] = []
         FakeVerifier.made.append(self)
 
+    def wait_until_ready(self) -> None:
+        pass
+
     def read_all(self) -> None:
         self.calls.append("read_all")
 

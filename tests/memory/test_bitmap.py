@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from common.memory import bitmap
 from common.memory.bitmap import DirtyBitmap, Words
 
-# Bitmaps of up to three blocks of those that are looked at together, with something at the edges of blocks.
-BLOCK_PAGES = bitmap._BLOCK * 64
+# Bitmaps of up to three blocks of those that are looked at together, with something at the edges of blocks and groups.
+BLOCK_PAGES, GROUP_PAGES = bitmap._BLOCK * 64, bitmap._GROUP * 64
 edges = st.sampled_from(
-    [0, 63, 64, BLOCK_PAGES - 1, BLOCK_PAGES, BLOCK_PAGES + 1, 2 * BLOCK_PAGES - 1, 2 * BLOCK_PAGES]
+    [
+        *(0, 63, 64, BLOCK_PAGES - 1, BLOCK_PAGES, BLOCK_PAGES + 1, 2 * BLOCK_PAGES - 1, 2 * BLOCK_PAGES),
+        *(GROUP_PAGES - 1, GROUP_PAGES, 5 * GROUP_PAGES - 1, 5 * GROUP_PAGES, BLOCK_PAGES + GROUP_PAGES - 1),
+    ]
 )
 run_lists = st.lists(st.tuples(edges | st.integers(0, 3 * BLOCK_PAGES - 1), st.integers(1, 300)), max_size=8)
 
@@ -238,9 +241,11 @@ def test_packed_words_in_any_other_order_are_refused() -> None:
 
 
 def test_a_union_of_bitmaps_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bitmap, "_BLOCK", 1)
-    parts = [with_pages(640, {5, 600}), with_pages(640, {6, 300})]
-    assert np.array_equal(bitmap.union(parts, 640), with_pages(640, {5, 6, 300, 600}))
+    monkeypatch.setattr(bitmap, "_BLOCK", bitmap._GROUP)
+    pages = 3 * GROUP_PAGES + 640
+    parts = [with_pages(pages, {5, 600, pages - 1}), with_pages(pages, {6, GROUP_PAGES, pages - 2})]
+    found = bitmap.union(parts, pages)
+    assert np.array_equal(found, with_pages(pages, {5, 6, 600, GROUP_PAGES, pages - 2, pages - 1}))
 
 
 def test_a_page_past_the_last_word_is_refused() -> None:
