@@ -84,7 +84,7 @@ def large(runs: int) -> None:
             machine.end()
             machine.shutdown()
         made.add_row(
-            "vIOMMU: one REPORT" if viommu == "true" else "no vIOMMU: all RAM is mapped, 33 REPORTs",
+            "vIOMMU: one REPORT" if viommu == "true" else "no vIOMMU: all RAM is mapped, 9 REPORTs",
             milliseconds(collected),
             milliseconds(merged),
             f"{statistics.median(pages):.0f}",

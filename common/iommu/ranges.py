@@ -37,8 +37,8 @@ __all__ = [
 
 Strategy = Literal["auto", "mapped", "minmax", "aperture"]
 
-MAX_BITMAP = 1 << 20
-"""Largest bitmap of one REPORT in bytes: 32 GiB of IOVA space."""
+MAX_BITMAP = 4 << 20
+"""Largest bitmap of one REPORT in bytes: 128 GiB of IOVA space, in some two milliseconds."""
 
 MAX_EXACT_BITMAP = 16 << 20
 """Largest bitmap in bytes that is asked for where nothing but a whole mapping can be reported: 512 GiB."""
