@@ -313,9 +313,9 @@ class MachineClient:
             devices.append(DeviceConfig(members["name"], config, pending))
         return Rest(reply["vcpu"], tuple(devices))
 
-    def digest(self, name: str) -> Digest:
+    def digest(self, name: str, most: int | None = None) -> Digest:
         """Hash what can be read of a stopped device."""
-        members = self._client.call("digest", name=name).header
+        members = self._client.call("digest", name=name, most=most).header
         return Digest(**{**members, "bars": tuple(members["bars"])})
 
     def explain(self, page: int) -> list[str]:

@@ -323,7 +323,7 @@ class _Connection:
         return Message({"vcpu": vcpu, "devices": devices}, b"".join(configs.values()))
 
     def digest(self, request: Message) -> dict[str, Any]:
-        return dataclasses.asdict(self._machine.devices[request["name"]].digest())
+        return dataclasses.asdict(self._machine.devices[request["name"]].digest(request["most"]))
 
     def explain(self, request: Message) -> dict[str, Any]:
         return {"writers": self._leaving().could_have_written(request["page"])}

@@ -108,7 +108,7 @@ class FakeMachine:
     def describe(self) -> host_pb2.Machine:
         return host_pb2.Machine(name="vm", failure=self.failure)
 
-    def digest(self, name: str) -> Digest:
+    def digest(self, name: str, _most: int | None) -> Digest:
         return Digest(len(name), (1,), 0, compared=name == "nic0")
 
     def did(self, *names: str) -> list[Any]:

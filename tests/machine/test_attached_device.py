@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.machine import device as device_module
-from common.machine.device import AttachedDevice, Pending
+from common.machine.device import AttachedDevice, Digest, Pending
 from common.machine.device_config import DeviceSpec
 from common.machine.device_process import StartedDevice
 from common.vfio.migration import DeviceState, MigrationFlags
@@ -301,6 +301,15 @@ def test_a_digest_reads_all_that_can_be_read(device: AttachedDevice, client: Fak
     assert digest.dump == 0 and digest.compared and client.states == []
     client.contents[2][-1] ^= 1
     assert device.digest().bars[1] != digest.bars[1]
+
+
+def test_a_digest_of_more_than_is_wanted_is_that_of_the_config_space(
+    device: AttachedDevice, client: FakeClient
+) -> None:
+    size = len(client.contents[0]) + len(client.contents[2])
+    assert device.digest(size) == device.digest() and device.digest(size).compared
+    digest = device.digest(size - 1)
+    assert digest == Digest(device.digest().config, (), 0, compared=False)
 
 
 def test_a_digest_of_a_dump_leaves_the_device_in_stop(device: AttachedDevice, client: FakeClient) -> None:

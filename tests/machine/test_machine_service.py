@@ -57,7 +57,7 @@ class FakeDevice:
             return Sizes(4, PrecopyInfo(3, 4), None, length_failed=True)
         return Sizes(0, None, 9, length_failed=False)
 
-    def digest(self) -> Digest:
+    def digest(self, _most: int | None) -> Digest:
         return Digest((1 << 64) - 1, (1, 2), 3, compared=True)
 
 
