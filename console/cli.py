@@ -332,7 +332,7 @@ def main() -> None:
         code = app(prog_name="switchover", standalone_mode=False)
     except typer.TyperException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "switchover")
-        problem = " ".join(error.format_message().split()).rstrip(".")
+        problem = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
         code = _failure(f"{command}: {problem[0].lower()}{problem[1:]}; see {command} --help", ExitCode.USAGE)
     except ConfigError as error:
         code = _failure(f"switchover: {error}", ExitCode.USAGE)

@@ -84,10 +84,18 @@ def forget(address: Address, *, yes: Yes = False, tls: Tls = None) -> None:
     """
     from switchover.v1.host_pb2 import ForgetRequest, GetMachineRequest
 
+    from common.host.ownership import why_kept
+    from common.machine.record import Ownership
     from console.daemon import QUICK_CALL_S, SLOW_CALL_S, daemon, printable
 
     with daemon(address, tls) as stub:
         status = stub.GetMachine(GetMachineRequest(), timeout=QUICK_CALL_S)
+        reason = why_kept(
+            Ownership(status.ownership) if status.ownership else None,
+            state=status.machine.state if status.HasField("machine") else None,
+        )
+        if reason is not None:
+            raise CommandError(f"not forgotten: {reason}", ExitCode.FAILED)
         if status.HasField("machine"):
             what = f'Machine "{status.machine.name}", which is {status.machine.state} at {address}, will be dropped.'
         else:

@@ -56,9 +56,16 @@ def follow(stub: HostServiceStub, session_id: str, display: ProgressDisplay) -> 
             _cancel(stub, session_id, display)
         except grpc.RpcError as error:
             failures += 1
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or failures == ATTEMPTS:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 raise
-            display.note("the connection to the daemon is lost; trying again")
+            if failures == ATTEMPTS:
+                raise CommandError(
+                    "the daemon cannot be reached any more. If it has ended, so has the migration, and the machine "
+                    "goes on without it: start it again, and ask switchover status",
+                    ExitCode.UNREACHABLE,
+                ) from error
+            if failures == 1:
+                display.note("the connection to the daemon is lost; trying again")
             time.sleep(RETRY_S)
         finally:
             events.cancel()

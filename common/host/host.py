@@ -143,6 +143,10 @@ class Host:
         second time here, and one whose handover is not decided stands still until it is.
         """
         known = self.record()
+        for left in (self.directory / "run").glob("*"):
+            # Arrivals that ended with a daemon.
+            if known is None or left != Path(known.directory):
+                shutil.rmtree(left, ignore_errors=True)
         described = spec.name if spec is not None else None
         left_to = self._left_to(described)
         machine = self._find(known) if known is not None else None
@@ -265,7 +269,7 @@ class Host:
             state = self.machine.describe().state if self.machine is not None else None
         except ClosedError:
             state = None
-        reason = why_kept(known, state=state)
+        reason = why_kept(known.ownership if known is not None else None, state=state)
         if known is None or reason is not None:
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_FORGOTTEN", f"not forgotten: {reason}")
         self.release(Ownership.FORGOTTEN)

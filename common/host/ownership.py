@@ -81,12 +81,12 @@ def is_new(known: Record | None, session_id: str, noted: str | None) -> bool:
     return noted is None and decision_of(known, session_id, noted) is None
 
 
-def why_kept(known: Record | None, *, state: str | None) -> str | None:
+def why_kept(ownership: Ownership | None, *, state: str | None) -> str | None:
     """Return why a machine must not be forgotten; None: it may.
 
-    `state` is the machine's, None if its process has ended.
+    `ownership` is that of the record, `state` the machine's, None if its process has ended.
     """
-    match known.ownership if known is not None else None:
+    match ownership:
         case None | Ownership.OFF | Ownership.FORGOTTEN:
             return "nothing is kept here"
         case Ownership.COMMITTING:

@@ -41,7 +41,7 @@ def test_an_operator_says_yes_or_nothing_is_done(
     answer: str | None,
 ) -> None:
     host = FakeHost()
-    host.ownership = "COMMITTING"
+    host.ownership = "GONE" if command == ("forget",) else "COMMITTING"
     with Serving(host) as address:
         code = switchover(monkeypatch, *command, address, answer=answer)
         streams = capsys.readouterr()
@@ -52,6 +52,17 @@ def test_an_operator_says_yes_or_nothing_is_done(
         assert (code, "--yes" in streams.err) == ((2, True) if answer is None else (1, False))
         assert switchover(monkeypatch, *command, address, "--yes") == 0
     assert host.requests[2:] == [request_]
+
+
+def test_nobody_is_asked_about_a_machine_that_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = FakeHost()
+    host.ownership = "OWNER"
+    with Serving(host) as address:
+        assert switchover(monkeypatch, "forget", address) == 1
+    assert "not forgotten: it is this host's" in capsys.readouterr().err
+    assert len(host.requests) == 1
 
 
 def test_what_is_decided_is_not_asked_about(

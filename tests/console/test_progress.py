@@ -13,6 +13,7 @@ from switchover.v1.host_pb2_grpc import HostServiceStub
 
 from console import migration
 from console.errors import CommandError
+from console.exit_codes import ExitCode
 from console.progress import LiveProgress, PlainProgress, open_progress
 
 
@@ -68,8 +69,9 @@ def test_a_lost_connection_is_taken_up_again_without_repeating_lines() -> None:
 
 def test_a_daemon_that_does_not_come_back_ends_it() -> None:
     host = FakeHost(*[[ConnectionError("gone")] for _ in range(migration.ATTEMPTS)])
-    with pytest.raises(grpc.RpcError):
+    with pytest.raises(CommandError, match="the daemon cannot be reached any more") as error:
         followed(host, io.StringIO())
+    assert error.value.code is ExitCode.UNREACHABLE
     assert host.streams == []
 
 
