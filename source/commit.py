@@ -82,6 +82,7 @@ class Handover:
         self._commit = migration_pb2.CommitRequest(session_id=session_id, incarnation=incarnation)
         self._session_id = session_id
         self._say = say
+        self._told = ""
         self._lock = threading.Lock()
         self._call: grpc.Future[Any] | None = None
         self._answer: Event | None = None
@@ -89,6 +90,12 @@ class Handover:
         self._ended = False
         self._disturbed = threading.Event()
         self._recorded = threading.Event()
+
+    def _tell(self, text: str) -> None:
+        """Say it, once as long as it stays the same."""
+        if text != self._told:
+            self._told = text
+            self._say(text)
 
     def declare(self, event: Event) -> bool:
         """Answer in the destination's place; return whether that is on disk now. False: there is another answer."""
@@ -141,7 +148,10 @@ class Handover:
                     if state == migration_pb2.SESSION_STATE_COMMITTED:
                         self._ask(self._stub.Commit, self._commit)
                 except grpc.RpcError as error:
-                    self._say(f"who owns the machine is not known until the destination answers: {peer_error(error)}")
+                    self._tell(
+                        f"who owns the machine is not known until the destination answers: {peer_error(error)}; if it "
+                        "never will, switchover resolve declares it"
+                    )
                 self._wait(RETRY_SECONDS)
         except _DeclaredError as declared:
             return declared.event
@@ -153,7 +163,7 @@ class Handover:
             try:
                 session = self._ask(self._stub.GetSession, request)
             except grpc.RpcError as error:
-                self._say(f"whether the machine runs is not known until the destination answers: {peer_error(error)}")
+                self._tell(f"whether the machine runs is not known until the destination answers: {peer_error(error)}")
                 self._wait(RETRY_SECONDS)
                 continue
             if session.failure:
