@@ -148,6 +148,8 @@ class Link:
         pause = RETRY_SECONDS if self._lost_at != self._first_lost_at else 0.0
         while True:
             self._interrupted.wait(pause)
+            if self._failure is not None:
+                raise self._failure
             pause = RETRY_SECONDS
             generation += 1
             seconds = min(end - time.monotonic(), ATTEMPT_SECONDS)
@@ -159,11 +161,10 @@ class Link:
             self._call = call = self._stub.Reconnect.future(request, timeout=seconds, wait_for_ready=True)
             if self._failure is not None:
                 call.cancel()
-                raise self._failure
             try:
                 answer = call.result()
             except grpc.FutureCancelledError:
-                continue  # what has cancelled it is there to be seen
+                continue
             except grpc.RpcError as error:
                 failure = peer_error(error)
                 if not is_loss(failure) and failure.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
