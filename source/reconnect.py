@@ -99,6 +99,11 @@ class Link:
         if failure is not None:
             raise failure
 
+    def notice(self, connection: Connection, failure: Exception) -> None:
+        """Let all fail that is open on a connection that is lost: of those who use it nobody may have found out."""
+        if connection is self.current and self._loss is None and is_loss(failure):
+            self._on_loss(failure)
+
     def interrupt(self, failure: Exception) -> None:
         """Let whoever waits for a connection, now or later, fail with this; the first one counts."""
         self._failure = self._failure or failure

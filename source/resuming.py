@@ -47,7 +47,13 @@ class ResumingStream(Generic[Request, Response]):
 
     def _open(self, applied: int, sequence: int) -> AckedStream[Request, Response]:
         connection = self._connection
-        return AckedStream(lambda requests: self._call(requests, connection), self._take_ack, applied, sequence)
+        return AckedStream(
+            lambda requests: self._call(requests, connection),
+            self._take_ack,
+            applied,
+            sequence,
+            lambda failure: self._link.notice(connection, failure),
+        )
 
     def _take_ack(self, ack: Response) -> None:
         while self._kept and self._kept[0].sequence <= ack.applied_sequence:

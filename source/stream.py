@@ -42,15 +42,18 @@ class AckedStream(Generic[Request, Response]):
         on_ack: Callable[[Response], None] = lambda _: None,
         applied: int = 0,
         sequence: int = 0,
+        on_end: Callable[[Exception], None] = lambda _: None,
     ) -> None:
         """`call` opens the gRPC stream for an iterator of requests; `on_ack` sees each ack, in the thread of acks.
 
-        `applied` and `sequence`: the last request that was applied, and the last one that has a number, so far.
+        `on_end` is told there too what has ended the stream, which may be while nobody uses it. `applied` and
+        `sequence`: the last request that was applied, and the last one that has a number, so far.
         """
         self._queue: queue.Queue[Request | None] = queue.Queue(QUEUED_REQUESTS)
         self._changed = threading.Condition()
         self._failure: Exception | None = None
         self._on_ack = on_ack
+        self._on_end = on_end
         self._applied = applied
         self.sequence = sequence
         self._responses = call(self._requests())
@@ -76,6 +79,7 @@ class AckedStream(Generic[Request, Response]):
             failure = peer_error(error)
         finally:
             self.interrupt(failure)
+            self._on_end(failure)
 
     def next_sequence(self) -> int:
         """Return the number for the next request."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import grpc
 import pytest
 from fault_proxy import FaultProxy
 from rig import Daemon, Rig, assert_completed, machine_toml, wait_for
@@ -125,6 +126,76 @@ def test_the_network_is_back_in_time(rig: Rig, image: Path, phase: str, fault: s
         goes_on(net.destination, before)
     assert result.reconnects >= 1
     assert result.rounds[0].pages < PAGES * 3 // 2
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_was_held_back_is_never_applied_behind_a_newer_one(rig: Rig, kind: str) -> None:
+    """The destination has it and is about to apply it, when the source comes back on a new connection."""
+    source = rig.start("source", machine_toml(rate="50MB/s"))
+    before = goes_on(source)
+    with network(rig) as net:
+        with rig.held("source.round1") as arrived:
+            session = source.begin(
+                net.address,
+                lane_kind=KINDS[kind],
+                max_downtime_ms=0.001,
+                max_rounds=10,
+                on_timeout=host_pb2.ON_TIMEOUT_SWITCH_OVER,
+                reconnect_s=40,
+            )
+            arrived()
+            holding = rig.held("destination.apply0")
+        with holding as held:
+            held()
+            net.do(FaultProxy.cut)
+            assert source.tells(session, loses_its_connection)
+            net.do(FaultProxy.heal)
+            # As long as that batch may still be written, the source is not told where to go on.
+            with pytest.raises(grpc.RpcError) as nothing:
+                source.tells(session, lambda event: event.progress.reconnects > 0, seconds=2)
+            assert nothing.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        result = source.follow(session, HANG)
+        assert_completed(result)
+        goes_on(net.destination, before)
+    assert result.reconnects >= 1
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dead_peer_is_found(rig: Rig, image: Path, kind: str) -> None:
+    source = rig.start("source", machine_toml(image=image))
+    with network(rig) as net:
+        session = source.begin(net.address, lane_kind=KINDS[kind], bandwidth_limit=5e6, reconnect_s=40)
+        assert source.tells(session, lambda event: event.progress.sent_bytes > 1 << 20)
+        net.do(FaultProxy.stall)
+        # Probes find it after 9 s; the rest is for a host that has much else to do.
+        assert source.tells(session, loses_its_connection, seconds=12)
+        source.stub.Cancel(host_pb2.CancelRequest(), timeout=20)
+        assert source.follow(session, HANG).result == "cancelled"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("limit", "result"), [({}, "cancelled"), ({"timeout_s": 6}, "failed")])
+def test_who_waits_for_the_network_can_be_told_to_end(rig: Rig, limit: dict[str, float], result: str) -> None:
+    source = rig.start("source", machine_toml())
+    before = goes_on(source)
+    with network(rig) as net:
+        with rig.held("source.round0") as arrived:
+            session = source.begin(net.address, reconnect_s=3600, **limit)
+            arrived()
+            net.do(FaultProxy.cut)
+        assert source.tells(session, loses_its_connection)
+        if not limit:
+            source.stub.Cancel(host_pb2.CancelRequest(), timeout=20)
+        ended = source.follow(session, HANG)
+        assert (ended.result, ended.owner, ended.reconnects) == (result, "source", 0)
+        assert ended.reason == ("NOT_CONVERGED" if limit else "CANCELLED")
+        before = goes_on(source, before)
+        net.do(FaultProxy.heal)
+        # The destination still waits, and makes way.
+        assert_completed(source.migrate(net.address))
+        goes_on(net.destination, before)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,20 @@ def test_a_destination_with_other_lanes_is_none_to_go_on_with(destination: Desti
     assert str(waiting.ended()) == "the destination goes on with 0 page lanes"
 
 
+def test_who_finds_out_tells_all_who_use_it(destination: Destination) -> None:
+    link = destination.link
+    old = link.current
+    link.notice(old, REFUSAL)
+    assert destination.losses == []
+    link.notice(old, LOSS)
+    assert destination.losses == [LOSS] and destination.calls.empty()
+    waiting = Waiting(link)
+    destination.next_call().say(ANSWER)
+    waiting.ended()
+    link.notice(old, LOSS)
+    assert destination.losses == [LOSS, LOSS]
+
+
 def test_what_is_no_loss_is_raised_as_it_is(destination: Destination) -> None:
     link = destination.link
     assert raised(lambda: link.restore(link.current, REFUSAL)) is REFUSAL
@@ -231,7 +245,7 @@ def test_connections_that_do_not_last_gain_no_time(destination: Destination) -> 
         outcome = waiting.ended()
         if isinstance(outcome, PeerError):
             break
-    assert outcome is LOSS and link.reconnects >= 1
+    assert isinstance(outcome, PeerError) and outcome.reason == "UNREACHABLE" and link.reconnects >= 1
 
 
 def _call(destination: Destination, waiting: Waiting) -> Call | None:
