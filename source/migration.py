@@ -522,6 +522,7 @@ class Migration:
         if self._verifier is not None:
             self._verifier.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._link.close()
         gc.collect()  # a failure knows the frames that it came through, and they know views that would keep RAM mapped
         self._held.close()
         self._channel.close()

@@ -111,6 +111,10 @@ class Link:
         if self._call is not None:
             self._call.cancel()
 
+    def close(self) -> None:
+        """Let go of what has ended it: failures know the frames that they came through, and what is in these."""
+        self._failure = ConnectionError("the migration has ended")
+
     def restore(self, connection: Connection, failure: Exception) -> Connection:
         """Return the connection that follows one that has failed.
 
