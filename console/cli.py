@@ -22,7 +22,7 @@ from console.device_commands import capture, check, device, replay
 from console.errors import CommandError
 from console.exit_codes import ExitCode, exit_code_of
 from console.handover_commands import forget, resolve
-from console.options import Address, AsJson, Tls, parse_address, parse_directory, positive
+from console.options import Address, AsJson, Tls, parse_address, parse_directory, parse_patience, positive
 
 __all__ = ["app", "main"]
 
@@ -112,6 +112,12 @@ def migrate(
     auto_converge: Annotated[
         bool, typer.Option("--auto-converge", help="Slow the vCPUs down if the link cannot keep up.")
     ] = False,
+    reconnect: Annotated[
+        float,
+        typer.Option(
+            parser=parse_patience, metavar="DURATION", help="How long to wait for a broken network; 0: not at all."
+        ),
+    ] = "30s",  # type: ignore[assignment]  # as above
     lanes: Annotated[int, typer.Option(min=1, max=16, help="Streams that carry pages side by side.")] = 1,
     lane_kind: Annotated[
         LaneKind, typer.Option(help="What these are: gRPC streams, or TCP connections of their own.")
@@ -145,6 +151,7 @@ def migrate(
         max_rounds=max_rounds or 0,
         on_timeout=OnTimeoutMode.Value(f"ON_TIMEOUT_{on_timeout.name}"),
         auto_converge=auto_converge,
+        reconnect_s=reconnect,
         lanes=lanes,
         compression=Compression.Value(f"COMPRESSION_{compress.name}"),
         lane_kind=LaneKindMode.Value(f"LANE_KIND_{lane_kind.name}"),

@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Address", "AsJson", "Tls", "parse_address", "parse_directory", "parse_names", "positive"]
+from common.machine.quantities import parse_duration
+
+__all__ = ["Address", "AsJson", "Tls", "parse_address", "parse_directory", "parse_names", "parse_patience", "positive"]
+
+MAX_PATIENCE_S = 3600.0
 
 
 def positive(parse: Callable[[str], float]) -> Callable[[str], float]:
@@ -26,6 +30,17 @@ def positive(parse: Callable[[str], float]) -> Callable[[str], float]:
         return value
 
     return checked
+
+
+def parse_patience(text: str) -> float:
+    """Return a duration of up to an hour in seconds; 0 needs no unit."""
+    try:
+        seconds = 0.0 if text == "0" else parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if seconds > MAX_PATIENCE_S:
+        raise typer.BadParameter(f'"{text}" is more than an hour')
+    return seconds
 
 
 def parse_address(text: str) -> str:

@@ -77,6 +77,8 @@ class PlainProgress(AbstractContextManager["PlainProgress"]):
         if progress.phase != "precopy":
             return
         this_round = (progress.phase, progress.round)
+        if progress.disconnected_ms:
+            return  # it was said, and so will be what comes of it
         if this_round == self._round and self._now_ms - self._shown_ms < PLAIN_INTERVAL_MS:
             return
         self._round, self._shown_ms = this_round, self._now_ms
@@ -122,6 +124,9 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
         if not progress.round_pages:
             return Group(Text(printable(self._phase), style="bold cyan"))
         head = Text.assemble((printable(self._phase), "bold cyan"), "  ", "  ".join(_facts(progress)))
+        if progress.disconnected_ms:
+            lost = f"reconnecting, for {format_duration(progress.disconnected_ms)} by now"
+            head = Text.assemble(head, "  ", (lost, "bold red"))
         bar = ProgressBar(max(progress.round_pages, 1), progress.round_done_pages, width=BAR_WIDTH)
         devices = Table("device", "state", "sent", "to read now", "if stopped now", "initial data", box=None)
         known = {device.name: device for device in progress.devices}
@@ -144,6 +149,8 @@ def _facts(progress: Progress) -> list[str]:
         facts.append(f"compressed with {progress.compression}")
     if progress.expected_downtime_ms >= 0:
         facts.append(f"expected downtime {format_duration(progress.expected_downtime_ms)}")
+    if progress.reconnects:
+        facts.append(f"reconnected {progress.reconnects} times" if progress.reconnects > 1 else "reconnected once")
     if progress.throttle_percent:
         facts.append(f"vCPUs slowed by {progress.throttle_percent} %")
     return facts

@@ -34,6 +34,8 @@ def report(result: MigrationResult) -> dict[str, Any]:
         "downtime": plain_data(result.downtime) if stood_still else None,
         "guest_gap_ms": plain["guest_gap_ms"] if measured else None,
         "guest_gap_error_ms": plain["guest_gap_error_ms"] if measured else None,
+        "reconnects": result.reconnects,
+        "disconnected_ms": plain["disconnected_ms"],
         "rounds": plain["rounds"],
         "throttle_percent": result.throttle_percent,
         "ram": plain_data(result.ram),

@@ -56,6 +56,12 @@ def sentences(result: MigrationResult, source: str) -> list[str]:
         lines += [_downtime(result), _guest_gap(result)]
     if result.ram.bytes:
         lines.append(_ram(result))
+    if result.reconnects:
+        times = "once" if result.reconnects == 1 else f"{result.reconnects} times"
+        lines.append(
+            f"The connection was lost and restored {times}, and there was none for "
+            f"{format_duration(result.disconnected_ms)} in all; nothing was begun again."
+        )
     if result.throttle_percent:
         lines.append(f"To converge, the vCPUs were slowed down by up to {result.throttle_percent} %; DMA was not.")
     for tracking in result.dirty_tracking:

@@ -31,7 +31,7 @@ _log = structlog.get_logger()
 
 
 class LanePort:
-    """Listens until each token was used once; every lane is served in a thread of its own, until `close`."""
+    """Listens, and serves every lane in a thread of its own, until `close`. Each token opens its lane once."""
 
     def __init__(
         self,
@@ -39,21 +39,32 @@ class LanePort:
         port: int,
         context: ssl.SSLContext | None,
         lanes: int,
-        serve: Callable[[int, LaneSocket], None],
+        serve: Callable[[int, int, LaneSocket], None],
     ) -> None:
-        """Listen; `serve` gets each lane's number and connection. Raise OSError if the port cannot be had."""
-        self.tokens = [secrets.token_bytes(TOKEN_SIZE) for _ in range(lanes)]
+        """Listen; `serve` gets each lane's generation, number and connection.
+
+        Raise OSError if the port cannot be had.
+        """
         self._context = context
         self._serve = serve
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._unused = dict(enumerate(self.tokens))
+        self._lane_count = lanes
+        self.tokens = self.renew(0)
         self._strangers: dict[threading.Thread, LaneSocket] = {}
         self._lanes: dict[threading.Thread, LaneSocket] = {}
         self._listener = _listen(host, port)
         self.port: int = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._accept, name="lane port", daemon=True)
         self._thread.start()
+
+    def renew(self, generation: int) -> list[bytes]:
+        """Take lanes of a generation from now on, and of no other; return their tokens."""
+        tokens = [secrets.token_bytes(TOKEN_SIZE) for _ in range(self._lane_count)]
+        with self._lock:
+            self._generation = generation
+            self._unused = dict(enumerate(tokens))
+        return tokens
 
     def _accept(self) -> None:
         while True:
@@ -82,8 +93,8 @@ class LanePort:
     def _meet(self, stranger: LaneSocket) -> None:
         thread = threading.current_thread()
         try:
-            lane = self._admit(thread, stranger.begin(HELLO_SECONDS, receive=HELLO_SIZE))
-            self._serve(lane, stranger)
+            generation, lane = self._admit(thread, stranger.begin(HELLO_SECONDS, receive=HELLO_SIZE))
+            self._serve(generation, lane, stranger)
         except (OSError, ValueError) as error:
             _log.warning("not a page lane of ours", message=str(error))
         except Exception:  # noqa: BLE001  # the edge: a defect of ours ends this lane, which its source notices
@@ -94,8 +105,11 @@ class LanePort:
                 self._lanes.pop(thread, None)
             stranger.close()
 
-    def _admit(self, thread: threading.Thread, hello: bytes) -> int:
-        """Return the lane that a hello is for, whose token nobody else can use; raise ValueError if there is none."""
+    def _admit(self, thread: threading.Thread, hello: bytes) -> tuple[int, int]:
+        """Return generation and number of the lane that a hello is for, whose token nobody else can use.
+
+        Raise ValueError if there is none.
+        """
         token = parse_hello(hello)
         with self._lock:
             found = [lane for lane, known in self._unused.items() if hmac.compare_digest(known, token)]
@@ -104,9 +118,7 @@ class LanePort:
             (lane,) = found
             del self._unused[lane]
             self._lanes[thread] = self._strangers.pop(thread)
-            if not self._unused:
-                self._stop()
-        return lane
+            return self._generation, lane
 
     def close(self) -> None:
         """End it: nobody is listened to any more, and no lane is served when this returns."""

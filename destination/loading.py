@@ -43,6 +43,12 @@ class Loading:
         self.initial_data_loaded |= record.kind == Kind.DEVICE_STATE_KIND_INIT_DATA_SENT and self._has_precopy
         self.ended = record.kind == Kind.DEVICE_STATE_KIND_END
 
+    def ack(self) -> migration_pb2.SendDeviceStateResponse:
+        """Return the ack of all that the device has taken."""
+        return migration_pb2.SendDeviceStateResponse(
+            applied_sequence=self.sequence, initial_data_loaded=self.initial_data_loaded
+        )
+
 
 def check_whole(devices: Mapping[str, Loading], told: Iterable[migration_pb2.DeviceConfig]) -> None:
     """Refuse to go on unless the source tells of exactly these devices, and all of each has come."""

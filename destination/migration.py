@@ -39,6 +39,7 @@ from destination.lanes import Lanes
 from destination.loading import Loading, check_whole
 from destination.refusal import bad
 from destination.request import changes, check_memory, describe, find_devices, rest
+from destination.streams import OLD_GENERATION, OpenStreams
 from destination.tcp_lane import receive_batches
 from destination.verifier import Verifier, compare_devices
 
@@ -48,6 +49,8 @@ IDLE_SECONDS = 30.0
 STREAM_SECONDS = 5.0
 # Most of a device that is read in the blackout for a deferred verdict, which is to be short.
 DEFERRED_BYTES = 64 << 20
+# That a source may notice later than we do that the network is gone: it begins to wait only then.
+NOTICE_SECONDS = 10.0
 
 _log = structlog.get_logger()
 Kind = migration_pb2.DeviceStateKind
@@ -57,8 +60,17 @@ Verify = migration_pb2.VerifyMode
 class Arrival:
     """One machine on its way to this host. Calls come from gRPC's threads; `_decision` orders those that decide."""
 
-    def __init__(self, host: Host, request: migration_pb2.PrepareRequest, lane_listen: tuple[str, int]) -> None:
-        """`lane_listen`: host and port that TCP lanes come to, if they are asked for."""
+    def __init__(
+        self,
+        host: Host,
+        request: migration_pb2.PrepareRequest,
+        lane_listen: tuple[str, int],
+        reconnect_s: float,
+    ) -> None:
+        """`lane_listen`: host and port that TCP lanes come to, if they are asked for.
+
+        `reconnect_s`: for how many seconds the session waits for its source when streams have broken; 0: not at all.
+        """
         self.session_id = request.session_id
         self.machine_uuid = request.machine_uuid
         self.state: handover.State.ValueType = handover.PREPARING
@@ -73,7 +85,11 @@ class Arrival:
         self._lane_listen = lane_listen
         self._lane_port: LanePort | None = None
         self._mapping_sequence = 0
-        self._open_streams: dict[str, Callable[[], object]] = {}  # by name; what ends one at once
+        self._streams = OpenStreams()
+        self._reconnect_s = reconnect_s
+        self._broken = False  # a stream of this generation is
+        self._finishing = threading.Lock()
+        self._finished: tuple[migration_pb2.FinishRequest, migration_pb2.FinishResponse] | None = None
         self._prepared = False
         self._active_at = time.monotonic()
         self._held = ExitStack()
@@ -154,17 +170,18 @@ class Arrival:
             self._apply_batch(lane, batch)
             yield migration_pb2.SendPagesResponse(applied_sequence=batch.sequence)
 
-    def serve_lane(self, lane: int, connection: LaneSocket) -> None:
+    def serve_lane(self, generation: int, lane: int, connection: LaneSocket) -> None:
         """The same for a TCP lane, to its end; what it is refused for it is told."""
         enter_session(self.session_id)
         try:
-            with self.streaming(f"lane {lane}", connection.shutdown):
+            with self.streaming(f"lane {lane}", generation, connection.shutdown):
                 receive_batches(connection, partial(self._apply_batch, lane))
         except RefusalError as refusal:
             with suppress(OSError):
                 connection.send([pack_refusal(refusal.reason, str(refusal))])
 
     def _apply_batch(self, lane: int, batch: PageBatch, receive: Receive | None = None) -> None:
+        hooks.reach(f"destination.apply{self._streams.generation}")
         self._expect(handover.PREPARING)
         self._lanes.apply(lane, batch, receive)
         self._host.metrics.received(batch.pages, batch.payload_bytes)
@@ -189,9 +206,7 @@ class Arrival:
                 elif record.kind == Kind.DEVICE_STATE_KIND_RESTART:
                     machine.restart_device(name)
                 loading.applied(record)
-                yield migration_pb2.SendDeviceStateResponse(
-                    applied_sequence=record.sequence, initial_data_loaded=loading.initial_data_loaded
-                )
+                yield loading.ack()
         finally:
             machine.close()
 
@@ -212,10 +227,35 @@ class Arrival:
         finally:
             machine.close()
 
+    def reconnect(self, request: migration_pb2.ReconnectRequest) -> migration_pb2.ReconnectResponse:
+        """Begin a new generation of streams, and say what the ones before have applied: none of them ever does more."""
+        if not self._reconnect_s:
+            raise bad("the session was not prepared for this")
+        self._expect(handover.PREPARING, handover.READY)
+        _log.info("source is back", generation=request.generation)
+        self._streams.begin(request.generation)
+        self._broken = False
+        return migration_pb2.ReconnectResponse(
+            lanes=[migration_pb2.SendPagesResponse(applied_sequence=number) for number in self._lanes.sequences],
+            devices={name: loading.ack() for name, loading in self._devices.items()},
+            mappings=migration_pb2.SendMappingsResponse(applied_sequence=self._mapping_sequence),
+            lane_port=self._lane_port.port if self._lane_port is not None else 0,
+            lane_tokens=self._lane_port.renew(request.generation) if self._lane_port is not None else (),
+        )
+
     # the end of the switchover
 
     def finish(self, request: migration_pb2.FinishRequest) -> migration_pb2.FinishResponse:
-        """Check that all has arrived, load the rest, take the devices out of RESUMING: they validate their state."""
+        """Check that all has arrived, load the rest, take the devices out of RESUMING: they validate their state.
+
+        The same request again is answered as it was, for the answer may have been lost.
+        """
+        with self._finishing:
+            if self.state != handover.READY or self._finished is None or self._finished[0] != request:
+                self._finished = request, self._finish(request)
+            return self._finished[1]
+
+    def _finish(self, request: migration_pb2.FinishRequest) -> migration_pb2.FinishResponse:
         began = time.monotonic()
         self._expect(handover.PREPARING)
         vcpu, configs = rest(request, self._devices, len(self._lanes.sequences))
@@ -383,16 +423,10 @@ class Arrival:
         finally:
             self._host.end_migration()
         # A source that means well ends its streams itself, and is not to take this for the failure.
-        if self._open_streams:
-            patience = threading.Timer(STREAM_SECONDS, self._end_streams)
+        if self._streams:
+            patience = threading.Timer(STREAM_SECONDS, self._streams.end)
             patience.daemon = True
             patience.start()
-
-    def _end_streams(self) -> None:
-        with self._decision:
-            ends = list(self._open_streams.values())
-        for end in ends:
-            end()
 
     def _take_down(self) -> None:
         self.close()
@@ -417,11 +451,11 @@ class Arrival:
 
     # what every call uses
 
-    def _expect(self, state: handover.State.ValueType) -> None:
+    def _expect(self, *states: handover.State.ValueType) -> None:
         self._active_at = time.monotonic()
         if self.state == handover.PREPARING and not self._prepared:
             raise bad("the session is not prepared yet")
-        if self.state != state:
+        if self.state not in states:
             name = handover.State.Name(self.state).removeprefix("SESSION_STATE_")
             why = f": {self._revoked_for}" if self._revoked_for else ""
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}{why}")
@@ -429,37 +463,46 @@ class Arrival:
     @property
     def is_streaming(self) -> bool:
         """Whether its source has a stream open."""
-        return bool(self._open_streams)
+        return bool(self._streams)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has lost its source, and waits for it."""
+        return self._broken and not self._streams
 
     @contextmanager
-    def streaming(self, name: str, end: Callable[[], object]) -> Iterator[None]:
-        """Serve the one stream of that name in this block; one that breaks before COMMIT ends the session.
+    def streaming(self, name: str, generation: int, end: Callable[[], object]) -> Iterator[None]:
+        """Serve the one stream of that name in this block; one that is refused before COMMIT ends the session.
 
         `end` ends it from outside, should its source leave it open when the session has ended.
         """
         try:
-            with self._decision:
-                if name in self._open_streams:
-                    raise bad(f"there is a stream for {name} already")
-                self._open_streams[name] = end
+            with self._streams.serving(name, generation, end):
+                try:
+                    self._expect(handover.PREPARING)
+                    yield
+                finally:
+                    self._active_at = time.monotonic()
         except RefusalError as error:
-            self.lose(str(error))
-            raise
-        try:
-            self._expect(handover.PREPARING)
-            yield
-        except RefusalError as error:
-            self.lose(str(error))
+            if error.reason != OLD_GENERATION:
+                self.lose(str(error))
             raise
         except (ClosedError, RequestError, OSError) as error:
-            self.lose(str(error))
+            if isinstance(error, ClosedError | RequestError):
+                self.lose(str(error))
+            else:
+                self.broken(generation, str(error))
             # Whoever fails because the session has ended says why it has.
             why = self._revoked_for or str(error)
             raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", why) from error
-        finally:
-            with self._decision:
-                del self._open_streams[name]
-                self._active_at = time.monotonic()
+
+    def broken(self, generation: int, why: str) -> None:
+        """Note that a stream has lost its source, which may come back if that was agreed."""
+        if not self._reconnect_s:
+            self.lose(why)
+        elif generation == self._streams.generation and not self._broken:
+            _log.info("stream lost", generation=generation, reason=why, waits_s=self._reconnect_s)
+            self._broken = True
 
     def lose(self, why: str) -> None:
         """Revoke a session that cannot go on; after COMMIT it needs no source any more."""
@@ -477,5 +520,6 @@ class Arrival:
         enter_session(self.session_id)
         while self.state in (handover.PREPARING, handover.READY):
             time.sleep(1.0)
-            if not self._open_streams and time.monotonic() - self._active_at > IDLE_SECONDS:
+            patience = self._reconnect_s + NOTICE_SECONDS if self._broken else IDLE_SECONDS
+            if not self._streams and time.monotonic() - self._active_at > patience:
                 self.lose("nothing was heard of the source")

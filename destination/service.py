@@ -18,15 +18,18 @@ from common.logs import enter_session
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError
 from common.rpc.page_batch import parse
-from common.rpc.versions import HIGHEST, LOWEST, choose, shared
+from common.rpc.versions import HIGHEST, LOWEST, RECONNECT, choose, shared
 from destination import handover
 from destination.migration import Arrival
+from destination.refusal import bad
 
 __all__ = ["MigrationServicer", "register"]
 
 _log = structlog.get_logger()
 
 MAX_LANES = 16
+MAX_RECONNECT_SECONDS = 3600.0
+MAX_DIGITS = 20
 SERVICE = "switchover.v1.MigrationService"
 
 Response = TypeVar("Response")
@@ -61,7 +64,9 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             )
         _check_session_id(request.session_id)
         if request.lanes > MAX_LANES:
-            raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"at most {MAX_LANES} lanes")
+            raise bad(f"at most {MAX_LANES} lanes")
+        if not 0 <= request.reconnect_s <= MAX_RECONNECT_SECONDS:
+            raise bad(f"a session is kept for {MAX_RECONNECT_SECONDS:g} s at most")
         if not self._host.is_new(request.session_id):
             raise RefusalError(
                 grpc.StatusCode.FAILED_PRECONDITION, "SESSION_ENDED", "this session was here already; begin a new one"
@@ -77,6 +82,9 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             raise RefusalError(
                 grpc.StatusCode.FAILED_PRECONDITION, "OLD_INCARNATION", "a later incarnation was here already"
             )
+        waiting = self._arrival
+        if waiting is not None and waiting.is_waiting and waiting.machine_uuid == request.machine_uuid:
+            waiting.lose("its source has begun anew")
         self._host.begin_migration(request.session_id)
         enter_session(request.session_id)
         try:
@@ -85,17 +93,19 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         except BaseException:
             self._host.end_migration()
             raise
+        features = shared(request.features)
+        reconnect_s = request.reconnect_s if RECONNECT in features else 0.0
         with self._lock:
             if self._arrival is not None:
                 self._arrival.close()
-            self._arrival = arrival = Arrival(self._host, request, self._lane_listen)
+            self._arrival = arrival = Arrival(self._host, request, self._lane_listen, reconnect_s)
         try:
             prepared = arrival.prepare(request)
         except BaseException as error:
             arrival.revoke(f"it could not be prepared: {error}")
             raise
         prepared.protocol_version = version
-        prepared.features.extend(shared(request.features))
+        prepared.features.extend(features)
         return prepared
 
     def ReadClock(
@@ -109,11 +119,9 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     ) -> Iterator[migration_pb2.SendPagesResponse]:
         """Apply a lane's batches (which arrive as bytes: see `register`)."""
         arrival = self._of_stream(context)
-        lane = _metadata(context, "lane")
-        if not (lane.isascii() and lane.isdecimal() and len(lane) <= 4):
-            raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"no lane number: {lane!r}")
+        lane = _number(context, "lane")
         batches = (_parse(message) for message in request_iterator)
-        yield from _streaming(arrival, f"lane {lane}", arrival.apply_pages(int(lane), batches), context)
+        yield from _streaming(arrival, f"lane {lane}", arrival.apply_pages(lane, batches), context)
 
     def SendDeviceState(
         self, request_iterator: Iterator[migration_pb2.SendDeviceStateRequest], context: grpc.ServicerContext
@@ -130,6 +138,12 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Apply mapping changes."""
         arrival = self._of_stream(context)
         yield from _streaming(arrival, "mappings", arrival.apply_mappings(request_iterator), context)
+
+    def Reconnect(
+        self, request: migration_pb2.ReconnectRequest, context: grpc.ServicerContext
+    ) -> migration_pb2.ReconnectResponse:
+        """Begin a new generation of streams."""
+        return self._of(request.session_id).reconnect(request)
 
     def Finish(
         self, request: migration_pb2.FinishRequest, context: grpc.ServicerContext
@@ -249,12 +263,13 @@ def register(servicer: MigrationServicer, server: grpc.Server) -> None:
 def _streaming(
     arrival: Arrival, name: str, answers: Iterator[Response], context: grpc.ServicerContext
 ) -> Iterator[Response]:
+    generation = _number(context, "generation", "0")
     try:
-        with arrival.streaming(name, context.cancel):
+        with arrival.streaming(name, generation, context.cancel):
             yield from answers
     finally:
         if not context.is_active():
-            arrival.lose("the source is gone")
+            arrival.broken(generation, "the source is gone")
 
 
 def _parse(message: object) -> PageBatch:
@@ -262,16 +277,25 @@ def _parse(message: object) -> PageBatch:
     try:
         return parse(message)
     except ValueError as error:
-        raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"page batch: {error}") from error
+        raise bad(f"page batch: {error}") from error
 
 
 def _check_session_id(session_id: str) -> None:
     if not (session_id.isascii() and session_id.isalnum() and len(session_id) <= 64):
-        raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", "the session's name is not one")
+        raise bad("the session's name is not one")
 
 
-def _metadata(context: grpc.ServicerContext, key: str) -> str:
+def _metadata(context: grpc.ServicerContext, key: str, otherwise: str | None = None) -> str:
     for name, value in context.invocation_metadata():
         if name == key and isinstance(value, str):
             return value
-    raise RefusalError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_REQUEST", f"metadata {key!r} is missing")
+    if otherwise is None:
+        raise bad(f"metadata {key!r} is missing")
+    return otherwise
+
+
+def _number(context: grpc.ServicerContext, key: str, otherwise: str | None = None) -> int:
+    text = _metadata(context, key, otherwise)
+    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS):
+        raise bad(f"no {key} number: {text!r}")
+    return int(text)

@@ -72,7 +72,7 @@ class Account:
 
     def say(self, message: str) -> None:
         """Publish a line."""
-        _log.info("told", message=message)
+        _log.info("told", message=message, session=self._session_id)  # whose thread it is does not tell
         self._events.publish(self._session_id, message=message)
 
     def moves(self, machine_uuid: str, ram_bytes: int, devices: Sequence[DeviceInfo]) -> None:

@@ -9,8 +9,9 @@ from switchover.v1 import migration_pb2
 
 from common.memory.pages import PageBatch
 from common.rpc.page_batch import serialize
-from source.lanes import Unacked
+from source.lanes import OnApplied, Unacked
 from source.limiter import Limiter
+from source.reconnect import Connection
 from source.stream import AckedStream
 
 __all__ = ["GrpcLane"]
@@ -26,10 +27,11 @@ class GrpcLane:
         open_channel: Callable[[], grpc.Channel],
         session_id: str,
         number: int,
+        connection: Connection,
         limiter: Limiter,
-        on_applied: Callable[[int, int], None],
+        on_applied: OnApplied,
     ) -> None:
-        """Open lane `number` of a session; `on_applied` as for `Unacked`."""
+        """Open lane `number` of a session."""
         self._limiter = limiter
         self._unacked = Unacked(on_applied)
         self._channel = open_channel()
@@ -38,10 +40,13 @@ class GrpcLane:
             request_serializer=lambda message: message,
             response_deserializer=migration_pb2.SendPagesResponse.FromString,
         )
-        metadata = (("session-id", session_id), ("lane", str(number)))
+        metadata = (("session-id", session_id), ("lane", str(number)), connection.metadata)
+        applied = connection.begins.lanes[number].applied_sequence
         self._stream: AckedStream[bytes, migration_pb2.SendPagesResponse] = AckedStream(
             lambda requests: call(requests, metadata=metadata),
             lambda response: self._unacked.applied(response.applied_sequence),
+            applied,
+            applied,
         )
 
     @property
@@ -61,6 +66,10 @@ class GrpcLane:
     def drain(self) -> None:
         """Wait until everything that was sent is applied."""
         self._stream.drain()
+
+    def settle(self, sequence: int) -> None:
+        """Note which batch was applied last."""
+        self._unacked.settle(sequence, self._stream.sequence)
 
     def interrupt(self, failure: Exception) -> None:
         """Let every call fail with `failure`."""

@@ -3,23 +3,32 @@
 A 2 MiB chunk of RAM always travels on the same lane, so two versions of a page never race. Each lane encodes in a
 thread of its own. There are two kinds, which differ in nothing but how bytes travel: gRPC streams
 (`source.grpc_lane`) and TCP connections (`source.tcp_lane`).
+
+When a connection is lost, its lane goes on with a round where it was: pages that were not acknowledged are read and
+packed afresh, never taken from what was sent before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from common.memory import bitmap, runs
 from common.memory.pages import PageBatch, split_lanes
 from common.memory.runs import Runs
+from common.rpc.errors import PeerError
 from source.lane_stats import LaneStats, total
 from source.packer import Packer
+from source.reconnect import Connection, Link
 
-__all__ = ["PageLane", "PageLanes", "Unacked"]
+__all__ = ["OnApplied", "OpenLane", "PageLane", "PageLanes", "Unacked"]
+
+OnApplied = Callable[[Runs, int], None]
+"""Is told of every ack: the pages, and the bytes on the wire."""
 
 
 class PageLane(Protocol):
@@ -35,6 +44,9 @@ class PageLane(Protocol):
     def drain(self) -> None:
         """Wait until everything that was sent is in the destination's RAM."""
 
+    def settle(self, sequence: int) -> None:
+        """Note of a lane that was closed which batch was applied last; ConnectionError if that cannot be."""
+
     def interrupt(self, failure: Exception) -> None:
         """Let every call fail with `failure`, those that wait too; the first one counts."""
 
@@ -42,11 +54,14 @@ class PageLane(Protocol):
         """End the lane: in good order, or at once."""
 
 
+OpenLane = Callable[[int, Connection, OnApplied], PageLane]
+"""Opens the lane of a number."""
+
+
 class Unacked:
     """The batches of a lane that are on their way: which pages, and bytes on the wire. Two threads may share it."""
 
-    def __init__(self, on_applied: Callable[[int, int], None]) -> None:
-        """`on_applied` is told (pages, bytes) of every ack."""
+    def __init__(self, on_applied: OnApplied) -> None:
         self._on_applied = on_applied
         self._batches: dict[int, tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], int]] = {}
 
@@ -61,44 +76,124 @@ class Unacked:
         """Note that all batches up to this one are applied."""
         done = [number for number in list(self._batches) if number <= sequence]
         acked = [self._batches.pop(number) for number in done]
-        self._on_applied(sum(int(pages.sum()) for _, pages, _ in acked), sum(size for _, _, size in acked))
+        if acked:
+            first, pages, sizes = zip(*acked, strict=True)
+            self._on_applied(
+                (np.concatenate(first).astype(np.int64), np.concatenate(pages).astype(np.int64)), sum(sizes)
+            )
+
+    def settle(self, sequence: int, last: int) -> None:
+        """Note that of all batches up to `last` those up to `sequence` are applied, and the others never will be.
+
+        ConnectionError if that contradicts an ack, or what was sent.
+        """
+        if not min(self._batches, default=last + 1) - 1 <= sequence <= last:
+            raise ConnectionError(f"the destination goes on behind batch {sequence} of {last}")
+        self.applied(sequence)
+
+
+class _Sender:
+    """What sends on one lane, through all its connections."""
+
+    def __init__(
+        self,
+        number: int,
+        link: Link,
+        open_lane: OpenLane,
+        packer: Packer,
+        pages: int,
+        on_applied: Callable[[int, int], None],
+    ) -> None:
+        self._number = number
+        self._link = link
+        self._open = open_lane
+        self._packer = packer
+        self._pages = pages
+        self._on_applied = on_applied
+        self._acked = bitmap.empty(0)  # pages of the round that goes on
+        self._connection = link.current
+        self.lane = open_lane(number, self._connection, self._applied)
+
+    def _applied(self, pages: Runs, size: int) -> None:
+        bitmap.set_runs(self._acked, pages)
+        self._on_applied(runs.total(pages), size)
+
+    def send(self, pages: Runs, data: Runs, number: int) -> LaneStats:
+        """Send the lane's pages of a round; return when they are applied."""
+        self._acked = bitmap.empty(self._pages)
+        stats = LaneStats()
+        left = pages
+        while True:
+            try:
+                lane = self.lane
+                for batch in self._packer.batches(self._number, left, data, number, lane.drain):
+                    stats.count(batch, lane.send(batch))
+                lane.drain()
+            except PeerError as failure:
+                self._reopen(failure)
+                left = runs.subtract(pages, bitmap.runs_of(self._acked))
+            else:
+                return stats
+
+    def _reopen(self, failure: PeerError) -> None:
+        """Open the lane on the next connection; raise what ends the migration."""
+        while True:
+            self.lane.close(abort=True)
+            self._connection = self._link.restore(self._connection, failure)
+            self.lane.settle(self._connection.begins.lanes[self._number].applied_sequence)
+            self._packer.forget(self._number)
+            try:
+                self.lane = self._open(self._number, self._connection, self._applied)
+                self._link.check(self._connection)
+            except PeerError as error:
+                failure = error
+            else:
+                return
 
 
 class PageLanes:
-    """All lanes of a migration; failures are those of `PageLane`."""
+    """All lanes of a migration; failures are those of `PageLane`, and what ends the waiting for a connection."""
 
-    def __init__(self, lanes: Sequence[PageLane], packer: Packer) -> None:
-        self._lanes = lanes
-        self._packer = packer
-        self._pool = ThreadPoolExecutor(len(lanes), thread_name_prefix="lane")
+    def __init__(
+        self,
+        count: int,
+        link: Link,
+        open_lane: OpenLane,
+        packer: Packer,
+        pages: int,
+        on_applied: Callable[[int, int], None],
+    ) -> None:
+        """Open the lanes of a RAM of `pages` pages; `on_applied` is told (pages, bytes) of every ack."""
+        self._senders: list[_Sender] = []
+        try:
+            for number in range(count):
+                self._senders.append(_Sender(number, link, open_lane, packer, pages, on_applied))
+        except BaseException:
+            for sender in self._senders:
+                sender.lane.close(abort=True)
+            raise
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="lane")
 
     @property
     def sequences(self) -> list[int]:
         """The last batch number of each lane."""
-        return [lane.sequence for lane in self._lanes]
+        return [sender.lane.sequence for sender in self._senders]
 
-    def send(self, runs: Runs, data: Runs, number: int) -> LaneStats:
-        """Send the pages of `runs` as round `number`; return when they are in the destination's RAM.
+    def send(self, pages: Runs, data: Runs, number: int) -> LaneStats:
+        """Send pages as round `number`; return when they are in the destination's RAM.
 
         `data` are the runs of RAM that are not holes: no page outside them is read.
         """
         futures: list[Future[LaneStats]] = [
-            self._pool.submit(self._send, index, part, data, number)
-            for index, part in enumerate(split_lanes(*runs, len(self._lanes)))
+            self._pool.submit(sender.send, part, data, number)
+            for sender, part in zip(self._senders, split_lanes(*pages, len(self._senders)), strict=True)
         ]
         return total([future.result() for future in futures])
 
-    def _send(self, index: int, runs: Runs, data: Runs, number: int) -> LaneStats:
-        lane, stats = self._lanes[index], LaneStats()
-        for batch in self._packer.batches(index, runs, data, number, lane.drain):
-            stats.count(batch, lane.send(batch))
-        lane.drain()
-        return stats
-
     def interrupt(self, failure: Exception) -> None:
         """Let a `send` that runs, and every later one, fail with `failure`."""
-        for lane in self._lanes:
-            lane.interrupt(failure)
+        for sender in self._senders:
+            sender.lane.interrupt(failure)
 
     def close(self, *, abort: bool) -> None:
         """End the lanes: in good order, or at once."""
@@ -106,5 +201,5 @@ class PageLanes:
             self.interrupt(ConnectionError("the migration has ended"))
         # Nobody may use a connection any more when it is closed.
         self._pool.shutdown()
-        for lane in self._lanes:
-            lane.close(abort=abort)
+        for sender in self._senders:
+            sender.lane.close(abort=abort)

@@ -41,9 +41,10 @@ from source.failures import CancelledError, NotConvergedError, explain
 from source.grpc_lane import GrpcLane
 from source.history import History
 from source.lane_stats import LaneStats
-from source.lanes import PageLane
+from source.lanes import OnApplied, OpenLane
 from source.limiter import Limiter
 from source.policy import Action, Limits, RoundFacts, decide
+from source.reconnect import Connection, Link
 from source.state_streams import DeviceStream
 from source.streams import Streams
 from source.tcp_lane import LanePort, TcpLane
@@ -99,15 +100,23 @@ class Migration:
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
         self._account = Account(host.events, session_id, request, self._tell_progress)
+        self._link = Link(self._stub, session_id, self._account.say, self._lost)
         record = host.record()
         assert record is not None
         self._incarnation = record.incarnation + 1
         self.handover = Handover(self._stub, session_id, self._incarnation, self._account.say)
 
     def _tell_progress(self, progress: host_pb2.Progress) -> None:
+        progress.reconnects = self._link.reconnects
+        progress.disconnected_ms = self._link.lost_s * 1000
         streams = self._open_streams
         if streams is not None:
             streams.tell(progress)
+
+    def _lost(self, failure: Exception) -> None:
+        """Let nobody wait for a connection that is gone."""
+        if self._open_streams is not None:
+            self._open_streams.interrupt(failure)
 
     def cancel(self) -> None:
         """End the migration; without effect once COMMIT may have been sent."""
@@ -118,6 +127,7 @@ class Migration:
     def _interrupt(self, failure: Exception) -> None:
         """Let whoever sends or waits for the destination fail."""
         self._limiter.lift()
+        self._link.interrupt(failure)
         if self._call is not None:
             self._call.cancel()
         if self._open_streams is not None:
@@ -161,26 +171,26 @@ class Migration:
         data_first, data_pages = self._ram.data_runs()
         mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
         self._held.callback(lambda: mapping.cancelled() or mapping.exception())  # before RAM is let go
-        with self._calling():
-            prepared = self._answer(
-                self._stub.Prepare,
-                migration_pb2.PrepareRequest(
-                    session_id=self.session_id,
-                    protocol_version=versions.LOWEST,
-                    highest_protocol_version=versions.HIGHEST,
-                    features=sorted(versions.FEATURES),
-                    machine_uuid=spec.uuid or "",
-                    incarnation=self._incarnation,
-                    machine_json=to_json(without_attachments(spec)),
-                    data_first=data_first.tolist(),
-                    data_pages=data_pages.tolist(),
-                    lanes=self._request.lanes,
-                    verify=self._request.verify,
-                    lane_kind=self._request.lane_kind,
-                ),
-                self._long_call_s,
-            )
-            self._prepared = True
+        prepared = self._answer_once(
+            self._stub.Prepare,
+            migration_pb2.PrepareRequest(
+                session_id=self.session_id,
+                protocol_version=versions.LOWEST,
+                highest_protocol_version=versions.HIGHEST,
+                features=sorted(versions.FEATURES),
+                machine_uuid=spec.uuid or "",
+                incarnation=self._incarnation,
+                machine_json=to_json(without_attachments(spec)),
+                data_first=data_first.tolist(),
+                data_pages=data_pages.tolist(),
+                lanes=self._request.lanes,
+                verify=self._request.verify,
+                lane_kind=self._request.lane_kind,
+                reconnect_s=self._request.reconnect_s,
+            ),
+            self._long_call_s,
+        )
+        self._prepared = True
         self._agree(prepared)
         check_counterparts(devices, prepared.devices)
         mapping.result()
@@ -191,7 +201,8 @@ class Migration:
         self._open_streams = Streams(
             self._stub,
             open_bulk,
-            self._lane_opener(prepared, open_bulk),
+            self._lane_opener(open_bulk),
+            self._link,
             self.session_id,
             self._request,
             machine,
@@ -215,20 +226,33 @@ class Migration:
                 f"has chosen {chosen}, which it was not offered",
                 grpc.StatusCode.FAILED_PRECONDITION,
             )
-        self.features = frozenset(prepared.features)
-        _log.info("agreed", protocol=version, features=sorted(self.features))
+        _log.info("agreed", protocol=version, features=sorted(prepared.features))
+        begins = migration_pb2.ReconnectResponse(
+            lanes=[migration_pb2.SendPagesResponse()] * self._request.lanes,
+            lane_port=prepared.lane_port,
+            lane_tokens=prepared.lane_tokens,
+        )
+        self._link.open(begins, self._request.reconnect_s if versions.RECONNECT in prepared.features else 0.0)
 
-    def _lane_opener(
-        self, prepared: migration_pb2.PrepareResponse, open_bulk: Callable[[], grpc.Channel]
-    ) -> Callable[[int, Callable[[int, int], None]], PageLane]:
-        """Return what opens the page lane of a number, given who is told of its acks."""
+    def _lane_opener(self, open_bulk: Callable[[], grpc.Channel]) -> OpenLane:
+        """Return what opens a page lane."""
+        session_id, limiter = self.session_id, self._limiter
         if self._request.lane_kind != LaneKind.LANE_KIND_TCP:
-            return lambda number, applied: GrpcLane(open_bulk, self.session_id, number, self._limiter, applied)
-        if len(prepared.lane_tokens) != self._request.lanes:
-            raise ConnectionError(f"{self._address} takes no page lanes of the kind tcp")
+            return lambda number, connection, applied: GrpcLane(
+                open_bulk, session_id, number, connection, limiter, applied
+            )
         host = self._address.rpartition(":")[0].strip("[]")
-        port = LanePort(host, prepared.lane_port, self._host.security.lane_client)
-        return lambda number, applied: TcpLane(port, prepared.lane_tokens[number], self._limiter, applied)
+        context = self._host.security.lane_client
+
+        def open_tcp(number: int, connection: Connection, applied: OnApplied) -> TcpLane:
+            begins = connection.begins
+            if len(begins.lane_tokens) != len(begins.lanes):
+                raise ConnectionError(f"{self._address} takes no page lanes of the kind tcp")
+            port = LanePort(host, begins.lane_port, context)
+            last = begins.lanes[number].applied_sequence
+            return TcpLane(port, begins.lane_tokens[number], last, limiter, applied)
+
+        return open_tcp
 
     @property
     def _streams(self) -> Streams:
@@ -292,9 +316,9 @@ class Migration:
     def _send_round(self, number: int, pages: runs.Runs) -> LaneStats:
         hooks.reach(f"source.round{number}")
         self._account.round_begins(number, runs.total(pages))
-        began = time.monotonic()
+        began, without_s = time.monotonic(), self._link.without_s
         stats = self._streams.lanes.send(pages, self._ram.data_runs(pages), number)
-        self._account.round_sent(stats, time.monotonic() - began)
+        self._account.round_sent(stats, time.monotonic() - began - (self._link.without_s - without_s))
         self._host.metrics.sent(stats.pages, stats.sent_bytes)
         return stats
 
@@ -329,15 +353,15 @@ class Migration:
 
     def _switchover(self) -> None:
         # Now, and not in setup: two clocks drift apart by a downtime in an hour or so.
-        with self._calling():
-            self._clock = measure(
-                lambda: self._answer(self._stub.ReadClock, migration_pb2.ReadClockRequest(), CALL_SECONDS).monotonic_ns
-            )
+        self._clock = measure(
+            lambda: self._answer(self._stub.ReadClock, migration_pb2.ReadClockRequest(), CALL_SECONDS).monotonic_ns
+        )
         for stream in self._streams.devices:
             stream.end_precopy()
         self._account.phase("switchover")
         hooks.reach("source.switchover")
         self._stopped_at = time.monotonic()
+        self._link.wait_no_longer_than(self._stopped_at + self._limits.max_downtime_s)
         with self._account.downtime("pause"):
             self._running = self._machine.pause_vcpus()
         hooks.reach("source.paused")
@@ -372,13 +396,11 @@ class Migration:
         # The guest's clock goes on where it stopped, on a host whose own clock counts from another moment.
         rest.vcpu["clock_offset_ns"] -= self._clock.offset_ns
         request = self._streams.finish_request(self.session_id, rest, paused=not self._running)
-        with self._calling():
-            self._answer(self._stub.Finish, request, self._long_call_s)
+        self._answer(self._stub.Finish, request, self._long_call_s)
 
     def _compare(self, verifier: Verifier) -> None:
         request = verifier.read(self.session_id, [stream.device.name for stream in self._streams.devices])
-        with self._calling():
-            response = self._answer(self._stub.Verify, request, self._long_call_s)
+        response = self._answer(self._stub.Verify, request, self._long_call_s)
         verifier.judge(response, self._history, self._account.result)
 
     # handover: the record first, then COMMIT, and from then on only the destination's word counts.
@@ -500,11 +522,14 @@ class Migration:
         if self._verifier is not None:
             self._verifier.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._link.close()
         gc.collect()  # a failure knows the frames that it came through, and they know views that would keep RAM mapped
         self._held.close()
         self._channel.close()
         self._machine.close()
         result = self._account.result
+        result.reconnects = self._link.reconnects
+        result.disconnected_ms = self._link.without_s * 1000
         self._host.metrics.ended(result)
         _log.info("migration ended", result=result.result, owner=result.owner, reason=result.reason, error=result.error)
         self._account.close()
@@ -515,22 +540,30 @@ class Migration:
         if self._cancelled.is_set():
             raise CancelledError("cancelled by the operator")
 
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """Turn what a call fails with into a `PeerError`."""
+    def _answer(self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float) -> Answer:
+        """Ask the destination what it may be asked again; wait for as long, or until `cancel`."""
+        while True:
+            connection = self._link.current
+            try:
+                return self._answer_once(ask, request, seconds)
+            except PeerError as failure:
+                if self._ownership is not Ownership.OWNER:
+                    raise
+                self._link.restore(connection, failure)
+
+    def _answer_once(
+        self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float
+    ) -> Answer:
+        """Ask once; whatever the call fails with is a `PeerError`."""
+        self._call = call = ask.future(request, timeout=seconds)
+        if self._ownership is Ownership.OWNER:
+            self._check()
         try:
-            yield
+            answer = call.result()
         except grpc.RpcError as error:
             raise peer_error(error) from error
         except grpc.FutureCancelledError:
             raise CancelledError("cancelled by the operator") from None
-
-    def _answer(self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float) -> Answer:
-        """Ask the destination; wait for as long, or until `cancel`."""
-        self._call = call = ask.future(request, timeout=seconds)
-        if self._ownership is Ownership.OWNER:
-            self._check()
-        answer = call.result()
         self._call = None
         return answer
 

@@ -49,7 +49,7 @@ class Packer:
     def __init__(self, ram: GuestRam, compression: host_pb2.Compression.ValueType, lanes: int) -> None:
         self._ram = ram
         self._sent_so_far = [LaneStats() for _ in range(lanes)]
-        self._sent = [SentPages(ram.layout.pages, CACHE_BYTES // lanes) for _ in range(lanes)]
+        self._sent = [self._nothing_sent() for _ in range(lanes)]
         workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
         self._fixed = FIXED.get(compression)
         self._tuner = Tuner(workers=workers, lanes=lanes)
@@ -57,6 +57,13 @@ class Packer:
         self._ahead = max(workers // lanes, 1) + 1
         self._looks_left = FIRST_LOOKS if self._fixed is None else 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
+
+    def _nothing_sent(self) -> SentPages:
+        return SentPages(self._ram.layout.pages, CACHE_BYTES // len(self._sent_so_far))
+
+    def forget(self, lane: int) -> None:
+        """Believe no more that the other end has anything of what a lane has sent."""
+        self._sent[lane] = self._nothing_sent()
 
     def batches(
         self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]

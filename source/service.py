@@ -22,6 +22,7 @@ __all__ = ["SourceServicer"]
 
 DEFAULT_DOWNTIME_MS = 300.0
 MAX_LANES = 16
+MAX_RECONNECT_SECONDS = 3600.0
 
 _DECLARED = {host_pb2.OWNER_HERE: Event.DECLARED_HERE, host_pb2.OWNER_THERE: Event.DECLARED_THERE}
 
@@ -127,6 +128,8 @@ def _check(request: host_pb2.MigrateRequest) -> None:
         0 <= limit < math.inf for limit in (request.max_downtime_ms, request.bandwidth_limit, request.timeout_s)
     ):
         wrong = "limits must be numbers, and not negative"
+    elif not 0 <= request.reconnect_s <= MAX_RECONNECT_SECONDS:
+        wrong = f"a lost connection is waited for {MAX_RECONNECT_SECONDS:g} s at most"
     elif request.lanes > MAX_LANES:
         wrong = f"at most {MAX_LANES} lanes"
     elif request.compression not in host_pb2.Compression.values():

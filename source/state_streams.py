@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grpc
 from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
 from common.machine.client import Changes, DeviceInfo, DeviceSizes, MachineClient, MappingChange
 from source.limiter import Limiter
-from source.stream import AckedStream
+from source.reconnect import Connection, Link
+from source.resuming import ResumingStream
 
 __all__ = ["DeviceStream", "EndlessStateError", "MappingStream", "most_stop_copy"]
 
@@ -38,9 +40,15 @@ def most_stop_copy(declared: int | None) -> int:
 class MappingStream:
     """Carries the changes of DMA mappings."""
 
-    def __init__(self, stub: migration_pb2_grpc.MigrationServiceStub, session_id: str) -> None:
-        self._stream: AckedStream[migration_pb2.SendMappingsRequest, migration_pb2.SendMappingsResponse] = AckedStream(
-            lambda requests: stub.SendMappings(requests, metadata=(("session-id", session_id),))
+    def __init__(self, stub: migration_pb2_grpc.MigrationServiceStub, session_id: str, link: Link) -> None:
+        self._stream: ResumingStream[migration_pb2.SendMappingsRequest, migration_pb2.SendMappingsResponse] = (
+            ResumingStream(
+                link,
+                lambda requests, connection: stub.SendMappings(
+                    requests, metadata=(("session-id", session_id), connection.metadata)
+                ),
+                lambda begins: begins.mappings,
+            )
         )
         self.mappings = 0
 
@@ -97,6 +105,7 @@ class DeviceStream:
         self,
         open_channel: Callable[[], grpc.Channel],
         session_id: str,
+        link: Link,
         device: DeviceInfo,
         machine: MachineClient,
         limiter: Limiter,
@@ -106,12 +115,9 @@ class DeviceStream:
         self.device = device
         self._machine = machine
         self._limiter = limiter
-        self._channel = open_channel()
-        stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
-        metadata = (("session-id", session_id), ("device", device.name))
-        self._stream: AckedStream[migration_pb2.SendDeviceStateRequest, migration_pb2.SendDeviceStateResponse] = (
-            AckedStream(lambda requests: stub.SendDeviceState(requests, metadata=metadata), self._take_ack)
-        )
+        self._open_channel = open_channel
+        self._session_id = session_id
+        self._channel: grpc.Channel | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._precopy, name=f"{device.name} precopy", daemon=True)
         self.failure: Exception | None = None
@@ -126,6 +132,21 @@ class DeviceStream:
         self._sent_in_session = False
         self._init_sequence = 0  # of INIT_DATA_SENT in this session, 0: not sent
         self._loaded_sequence = 0
+        self._stream: ResumingStream[migration_pb2.SendDeviceStateRequest, migration_pb2.SendDeviceStateResponse] = (
+            ResumingStream(link, self._call, lambda begins: begins.devices[device.name], self._take_ack)
+        )
+
+    def _call(self, requests: Iterator[migration_pb2.SendDeviceStateRequest], connection: Connection) -> Any:
+        """Open the stream, on a channel that no loss keeps from trying at once."""
+        self._close_channel()
+        self._channel = self._open_channel()
+        stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
+        metadata = (("session-id", self._session_id), ("device", self.device.name), connection.metadata)
+        return stub.SendDeviceState(requests, metadata=metadata)
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
 
     @property
     def sequence(self) -> int:
@@ -253,7 +274,9 @@ class DeviceStream:
     def close(self, *, abort: bool) -> None:
         """End the stream."""
         self.stop_reading()
-        self._stream.close(abort=abort)
+        if abort:
+            self._stream.interrupt(ConnectionError("the migration has ended"))
         if self._thread.is_alive():
             self._thread.join()
-        self._channel.close()
+        self._stream.close(abort=abort)
+        self._close_channel()

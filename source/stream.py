@@ -16,18 +16,21 @@ import grpc
 
 from common.rpc.errors import peer_error
 
-__all__ = ["AckedStream"]
+__all__ = ["Ack", "AckedStream"]
 
 QUEUED_REQUESTS = 4
 
 
-class _Ack(Protocol):
+class Ack(Protocol):
+    """Says that everything up to a number is applied."""
+
     @property
-    def applied_sequence(self) -> int: ...
+    def applied_sequence(self) -> int:
+        """The number."""
 
 
 Request = TypeVar("Request")
-Response = TypeVar("Response", bound=_Ack)
+Response = TypeVar("Response", bound=Ack)
 
 
 class AckedStream(Generic[Request, Response]):
@@ -37,14 +40,22 @@ class AckedStream(Generic[Request, Response]):
         self,
         call: Callable[[Iterator[Request]], Any],
         on_ack: Callable[[Response], None] = lambda _: None,
+        applied: int = 0,
+        sequence: int = 0,
+        on_end: Callable[[Exception], None] = lambda _: None,
     ) -> None:
-        """`call` opens the gRPC stream for an iterator of requests; `on_ack` sees each ack, in the thread of acks."""
+        """`call` opens the gRPC stream for an iterator of requests; `on_ack` sees each ack, in the thread of acks.
+
+        `on_end` is told there too what has ended the stream, which may be while nobody uses it. `applied` and
+        `sequence`: the last request that was applied, and the last one that has a number, so far.
+        """
         self._queue: queue.Queue[Request | None] = queue.Queue(QUEUED_REQUESTS)
         self._changed = threading.Condition()
         self._failure: Exception | None = None
         self._on_ack = on_ack
-        self._applied = 0
-        self.sequence = 0
+        self._on_end = on_end
+        self._applied = applied
+        self.sequence = sequence
         self._responses = call(self._requests())
         self._acks = threading.Thread(target=self._take_acks, name="acks", daemon=True)
         self._acks.start()
@@ -68,6 +79,7 @@ class AckedStream(Generic[Request, Response]):
             failure = peer_error(error)
         finally:
             self.interrupt(failure)
+            self._on_end(failure)
 
     def next_sequence(self) -> int:
         """Return the number for the next request."""
@@ -89,8 +101,12 @@ class AckedStream(Generic[Request, Response]):
 
     def drain(self) -> None:
         """Wait until everything that was sent is applied."""
+        self.wait_for(self.sequence)
+
+    def wait_for(self, sequence: int) -> None:
+        """Wait until everything up to this number is applied."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or self._applied == self.sequence)
+            self._changed.wait_for(lambda: self._failure is not None or self._applied >= sequence)
         self.check()
 
     def interrupt(self, failure: Exception) -> None:

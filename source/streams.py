@@ -12,22 +12,24 @@ from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 from common.machine.client import DeviceInfo, MachineClient, Rest
 from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
-from source.lanes import PageLane, PageLanes
+from source.lanes import OpenLane, PageLanes
 from source.limiter import Limiter
 from source.packer import Packer
+from source.reconnect import Link
 from source.state_streams import DeviceStream, MappingStream
 
 __all__ = ["Streams"]
 
 
 class Streams:
-    """Opened all together; any of them that fails ends the session, so they are ended all together too."""
+    """Opened all together, and ended all together; one that fails for good ends the session."""
 
     def __init__(
         self,
         stub: migration_pb2_grpc.MigrationServiceStub,
         open_channel: Callable[[], grpc.Channel],
-        open_lane: Callable[[int, Callable[[int, int], None]], PageLane],
+        open_lane: OpenLane,
+        link: Link,
         session_id: str,
         request: host_pb2.MigrateRequest,
         machine: MachineClient,
@@ -37,10 +39,8 @@ class Streams:
         limiter: Limiter,
         on_applied: Callable[[int, int], None],
     ) -> None:
-        """`peers` are the migration flags of the destination's devices; `open_lane` opens the page lane of a number.
-
-        `on_applied` is told (pages, bytes) of every ack, and so is what `open_lane` is given.
-        """
+        """`peers` are the migration flags of the destination's devices; `on_applied` is told (pages, bytes) of acks."""
+        self._link = link
         with ExitStack() as opened:
             self._packer = Packer(ram, request.compression, request.lanes)
             opened.callback(self._packer.close)
@@ -49,17 +49,14 @@ class Streams:
                 self._packer.applied(pages, size)
                 on_applied(pages, size)
 
-            lanes: list[PageLane] = []
-            for number in range(request.lanes):
-                lanes.append(open_lane(number, applied))
-                opened.callback(lanes[-1].close, abort=True)
-            self.lanes = PageLanes(lanes, self._packer)
-            self.mappings = MappingStream(stub, session_id)
+            self.lanes = PageLanes(request.lanes, link, open_lane, self._packer, ram.layout.pages, applied)
+            opened.callback(self.lanes.close, abort=True)
+            self.mappings = MappingStream(stub, session_id, link)
             opened.callback(self.mappings.close, abort=True)
             self.devices: list[DeviceStream] = []
             for device in devices:
                 loads_ahead = device.has_precopy and bool(peers.get(device.name, 0) & MigrationFlags.PRE_COPY)
-                stream = DeviceStream(open_channel, session_id, device, machine.another(), limiter, loads_ahead)
+                stream = DeviceStream(open_channel, session_id, link, device, machine.another(), limiter, loads_ahead)
                 opened.callback(stream.close, abort=True)
                 self.devices.append(stream)
             opened.pop_all()
@@ -114,6 +111,8 @@ class Streams:
 
     def close(self, *, abort: bool) -> None:
         """End the streams: in good order, or at once."""
+        if abort:
+            self._link.interrupt(ConnectionError("the migration has ended"))
         for stream in self._all():
             stream.close(abort=abort)
         self._packer.close()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -18,7 +17,7 @@ from common.memory.pages import PageBatch
 from common.rpc.errors import PeerError
 from common.rpc.lane_frame import AckReader, LaneRefusedError, pack_ack, pack_batch, pack_end, pack_hello
 from common.rpc.lane_socket import LaneSocket
-from source.lanes import Unacked
+from source.lanes import OnApplied, Unacked
 from source.limiter import Limiter
 
 __all__ = ["LanePort", "TcpLane"]
@@ -53,14 +52,13 @@ class LanePort:
 class TcpLane:
     """See `PageLane`."""
 
-    def __init__(self, port: LanePort, token: bytes, limiter: Limiter, on_applied: Callable[[int, int], None]) -> None:
-        """Open the lane that a token is for; `on_applied` as for `Unacked`."""
+    def __init__(self, port: LanePort, token: bytes, applied: int, limiter: Limiter, on_applied: OnApplied) -> None:
+        """Open the lane that a token is for, which goes on behind batch `applied`."""
         self._limiter = limiter
         self._unacked = Unacked(on_applied)
         self._acks = AckReader()
         self._failure: Exception | None = None
-        self._applied = 0
-        self.sequence = 0
+        self._applied = self.sequence = applied
         try:
             self._socket = port.connect(token)
         except OSError as error:
@@ -120,6 +118,10 @@ class TcpLane:
     def _check(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def settle(self, sequence: int) -> None:
+        """Note which batch was applied last."""
+        self._unacked.settle(sequence, self.sequence)
 
     def interrupt(self, failure: Exception) -> None:
         """Let every call fail with `failure`."""

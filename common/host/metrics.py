@@ -29,6 +29,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self._migrations = Counter("switchover_migrations", "Migrations that left.", ["outcome"], registry=registry)
         self._arrivals = Counter("switchover_arrivals", "Migrations that came.", ["outcome"], registry=registry)
+        self._reconnects = Counter("switchover_reconnects", "Connections that were restored.", registry=registry)
         self._downtime = Histogram(
             "switchover_downtime_seconds",
             "Time in which a machine that left ran nowhere.",
@@ -62,6 +63,7 @@ class Metrics:
     def ended(self, result: host_pb2.MigrationResult) -> None:
         """Count a migration that left, or tried to."""
         self._migrations.labels(result.result).inc()
+        self._reconnects.inc(result.reconnects)
         if result.downtime_ms:
             self._downtime.observe(result.downtime_ms / 1000)
 

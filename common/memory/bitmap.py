@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from common.memory.runs import Runs
+from common.memory.runs import Runs, expand
 
 __all__ = [
     "DirtyBitmap",
@@ -34,6 +34,7 @@ __all__ = [
     "runs_of",
     "set_pages",
     "set_range",
+    "set_runs",
     "union",
     "unpack",
     "words_for",
@@ -46,6 +47,7 @@ _BLOCK = 1 << 15
 # Words of which it is asked together whether any bit is set: most bitmaps of large machines are nearly empty, and then
 # a pass over one costs no more than to read it.
 _GROUP = 256
+_FEW_RUNS = 16  # a slice for each of them is faster than an array of all their pages
 _PACKED = struct.Struct("<QQ")  # words of the bitmap, words that follow
 
 
@@ -238,6 +240,16 @@ def set_range(words: Words, first: int, pages: int) -> None:
     words[low] |= np.uint64(head)
     words[low + 1 : high] = _ONES
     words[high] |= np.uint64(tail)
+
+
+def set_runs(words: Words, covered: Runs) -> None:
+    """Set the bits of runs of pages; `IndexError` if one is outside the bitmap."""
+    first, count = covered
+    if first.size > _FEW_RUNS:
+        set_pages(words, expand(covered))
+        return
+    for begin, pages in zip(first.tolist(), count.tolist(), strict=True):
+        set_range(words, begin, pages)
 
 
 class DirtyBitmap:

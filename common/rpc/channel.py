@@ -22,6 +22,10 @@ _COMMON_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 2_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # A network that is back is found at once; the first of these is how long a connection may take to be made.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 # What a stream of 1 MiB messages wants: large frames, a wide window from the start, no probing for it.
 BULK_OPTIONS: list[tuple[str, int]] = [

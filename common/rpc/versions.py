@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["FEATURES", "HIGHEST", "LOWEST", "choose", "shared"]
+__all__ = ["FEATURES", "HIGHEST", "LOWEST", "RECONNECT", "choose", "shared"]
 
 LOWEST, HIGHEST = 1, 1
-FEATURES: frozenset[str] = frozenset()
+RECONNECT = "reconnect"
+FEATURES = frozenset({RECONNECT})
 """What this daemon has beyond the version, by the names in docs/protocol.md."""
 
 

@@ -41,6 +41,8 @@ MIGRATE = ("migrate", "--source", "a:1", "--destination", "b:1")
         ((*MIGRATE, "--timeout", "soon"), '"soon" is not a duration'),
         ((*MIGRATE, "--verify", "maybe"), "'--verify'"),
         ((*MIGRATE, "--on-timeout", "wait"), "'--on-timeout'"),
+        ((*MIGRATE, "--reconnect", "30"), '"30" has no unit'),
+        ((*MIGRATE, "--reconnect", "61m"), '"61m" is more than an hour'),
         ((*MIGRATE, "--lanes", "0"), "'--lanes'"),
         ((*MIGRATE, "--lane-kind", "udp"), "'--lane-kind'"),
         ((*MIGRATE, "--frobnicate"), "no such option: --frobnicate"),
@@ -89,6 +91,7 @@ def test_migrate_asks_for_what_it_was_told(monkeypatch: pytest.MonkeyPatch, caps
     with Serving(host) as address:
         options = "--max-downtime 20ms --bandwidth 1Gbit/s --verify deferred --timeout 1m --max-rounds 9 --lanes 2"
         flags = "--lane-kind tcp --on-timeout switch-over --auto-converge --compress zstd --on-mismatch continue --json"
+        options += " --reconnect 0"
         arguments = ("migrate", "--source", address, "--destination", "b:1", *options.split(), *flags.split())
         assert switchover(monkeypatch, *arguments) == 0
     assert host.requests[0] == pb.MigrateRequest(
@@ -119,6 +122,7 @@ def test_migrate_without_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         max_downtime_ms=300,
         verify=VerifyMode.VERIFY_MODE_STRICT,
         on_timeout=pb.OnTimeout.ON_TIMEOUT_CANCEL,
+        reconnect_s=30,
         lanes=1,
         lane_kind=LaneKind.LANE_KIND_GRPC,
         compression=pb.Compression.COMPRESSION_OFF,

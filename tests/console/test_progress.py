@@ -123,3 +123,19 @@ def test_the_live_display_shows_devices_and_leaves_nothing() -> None:
     assert "STOP_COPY" in text and "round 1" in text and "expected downtime" in text
     assert "worth [31m a line" in text
     assert text.endswith("\x1b[2K")  # the last thing is to wipe the display's last line
+
+
+def test_a_lost_connection_is_shown_until_it_is_there_again() -> None:
+    lost = pb.Progress(phase="precopy", round_pages=100, disconnected_ms=2500)
+    again = pb.Progress(phase="precopy", round_pages=100, reconnects=2)
+    stream = io.StringIO()
+    with LiveProgress(Console(file=stream, width=200, force_terminal=True)) as display:
+        for progress, shown in ((lost, "reconnecting, for 2.50 s by now"), (again, "reconnected 2 times")):
+            display.feed(pb.WatchEventsResponse(progress=progress))
+            display._live.refresh()
+            assert shown in stream.getvalue()
+    plain = io.StringIO()
+    lines = PlainProgress(Console(file=plain, width=200))
+    for progress in (lost, again):
+        lines.feed(pb.WatchEventsResponse(progress=progress))
+    assert plain.getvalue().count("\n") == 1 and "reconnected 2 times" in plain.getvalue()

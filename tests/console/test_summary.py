@@ -80,6 +80,15 @@ def test_a_migration_that_never_stopped_the_machine_has_no_downtime() -> None:
     assert "downtime" not in printed(ended)
 
 
+@pytest.mark.parametrize(("times", "said"), [(1, "once"), (3, "3 times")])
+def test_a_connection_that_was_lost_is_told(times: int, said: str) -> None:
+    lines = sentences(result(reconnects=times, disconnected_ms=12_345), "a:1")
+    assert [line for line in lines if "connection" in line] == [
+        f"The connection was lost and restored {said}, and there was none for 12.35 s in all; nothing was begun again."
+    ]
+    assert not any("connection" in line for line in sentences(result(), "a:1"))
+
+
 @pytest.mark.parametrize("field", ["error", "destination"])
 def test_a_daemon_does_not_steer_the_terminal(field: str) -> None:
     text = printed(result(**{field: "x\x1b[2Jy\n[bold]z[/bold]"}))

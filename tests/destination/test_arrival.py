@@ -615,6 +615,176 @@ def test_mappings_arrive_in_order(rig: Rig) -> None:
     )
 
 
+# after a loss of the network
+
+
+RECONNECTS: dict[str, Any] = {"features": [versions.RECONNECT], "reconnect_s": 30.0}
+
+
+def reconnect(rig: Rig, generation: int = 1) -> pb.ReconnectResponse:
+    request = pb.ReconnectRequest(session_id=SESSION, generation=generation)
+    answer = rig.servicer.Reconnect(request, CONTEXT)
+    if rig.lane_kind == pb.LANE_KIND_TCP:
+        rig.answer = pb.PrepareResponse(lane_port=answer.lane_port, lane_tokens=answer.lane_tokens)
+        for connection in rig.connections.values():
+            connection.close()
+        rig.connections.clear()
+    return answer
+
+
+def again(rig: Rig, *batches: PageBatch) -> list[int]:
+    """Send batches on lane 0 in generation 1; return the acks."""
+    if rig.lane_kind == pb.LANE_KIND_TCP:
+        return rig.pages(*batches)
+    messages = (serialize(item) for item in batches)
+    stream = rig.servicer.SendPages(messages, rig.context(lane="0", generation="1"))
+    return [ack.applied_sequence for ack in stream]
+
+
+def lose(rig: Rig, *messages: bytes, **metadata: str) -> None:
+    """Send batches on a lane whose source is gone then."""
+    list(rig.servicer.SendPages(iter(messages), rig.context(active=False, lane="0", **metadata)))
+
+
+def fills(rig: Rig, first: int, end: int) -> list[int]:
+    found: list[int] = rig.machine.memory.bytes.reshape(-1, PAGE_SIZE)[first:end, 0].tolist()
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"reconnect_s": 30.0}, {"features": [versions.RECONNECT]}])
+def test_a_session_that_was_not_prepared_for_it_does_not_survive_a_stream(rig: Rig, changes: dict[str, Any]) -> None:
+    rig.prepare(**changes)
+    assert refused(lambda: reconnect(rig)).startswith("BAD_REQUEST: the session was not prepared for this")
+    lose(rig, serialize(batch(1)))
+    assert rig.state() == REVOKED
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 3601.0, float("nan"), float("inf")])
+def test_a_session_is_not_kept_for_any_time(rig: Rig, seconds: float) -> None:
+    assert refused(lambda: rig.prepare(features=[versions.RECONNECT], reconnect_s=seconds)).startswith("BAD_REQUEST")
+    assert rig.launches == 0
+
+
+def test_streams_go_on_behind_what_was_applied(lanes: Rig) -> None:
+    lanes.prepare(**RECONNECTS)
+    assert list(lanes.answer.features) == [versions.RECONNECT]
+    lanes.pages(batch(1, fill=7), batch(2, 5, fill=9))
+    lanes.records(device_record(1, PRECOPY, b"a"), device_record(2, LOADED))
+    lanes.mappings(pb.SendMappingsRequest(sequence=1))
+    answer = reconnect(lanes)
+    assert [ack.applied_sequence for ack in answer.lanes] == [2, 0]
+    assert {name: (ack.applied_sequence, ack.initial_data_loaded) for name, ack in answer.devices.items()} == {
+        "nic0": (2, True),
+        "nvme0": (0, False),
+    }
+    assert answer.mappings.applied_sequence == 1
+    assert again(lanes, batch(3, fill=11)) == [3]
+    assert fills(lanes, 3, 7) == [11, 11, 9, 9] and lanes.state() == PREPARING
+
+
+def test_a_stream_of_an_old_generation_is_refused_and_changes_nothing(rig: Rig) -> None:
+    rig.prepare(**RECONNECTS)
+    reconnect(rig, 3)
+    assert refused(lambda: rig.pages(batch(1))).startswith("OLD_GENERATION")
+    assert refused(lambda: rig.records(device_record(1, END))).startswith("OLD_GENERATION")
+    assert refused(lambda: rig.mappings(pb.SendMappingsRequest(sequence=1))).startswith("OLD_GENERATION")
+    assert refused(lambda: reconnect(rig, 3)).startswith("OLD_GENERATION")
+    assert "no generation number" in refused(lambda: lose(rig, generation="0x3"))
+    assert rig.state() == PREPARING and not rig.machine.memory.bytes.any()
+
+
+def test_a_token_of_an_old_generation_opens_nothing(rig: Rig) -> None:
+    rig.lane_kind = pb.LANE_KIND_TCP
+    rig.prepare(**RECONNECTS)
+    old = rig.answer
+    reconnect(rig)
+    new, rig.answer = rig.answer, old
+    with pytest.raises((ConnectionError, AssertionError)):
+        rig.pages(batch(1))
+    rig.connections.pop(0).close()
+    rig.answer = new
+    assert rig.pages(batch(1)) == [1] and rig.state() == PREPARING
+
+
+def test_a_batch_that_was_held_back_is_applied_before_anything_newer_or_never(
+    lanes: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stale one was taken, and is about to be written, when its source is back."""
+    lanes.prepare(**RECONNECTS)
+    arrival = lanes.servicer._arrival
+    assert arrival is not None and arrival._lanes.applier is not None
+    kind = type(arrival._lanes.applier)
+    held, may_go_on, apply = threading.Event(), threading.Event(), kind.apply
+
+    def hold(self: Any, item: PageBatch, receive: Any = None) -> Any:
+        if not held.is_set():
+            held.set()
+            assert may_go_on.wait(10)
+        return apply(self, item, receive)
+
+    monkeypatch.setattr(kind, "apply", hold)
+
+    def send() -> None:
+        with suppress(OSError, RefusalError):  # a TCP lane is closed to it
+            lanes.pages(batch(1, fill=7))
+
+    stale = threading.Thread(target=send, daemon=True)
+    stale.start()
+    assert held.wait(10)
+    answers: list[pb.ReconnectResponse] = []
+    back = threading.Thread(target=lambda: answers.append(reconnect(lanes)), daemon=True)
+    back.start()
+    back.join(0.1)
+    assert not answers  # nobody is told where to go on as long as that may still be written
+    may_go_on.set()
+    back.join(10)
+    stale.join(10)
+    (answer,) = answers
+    applied = answer.lanes[0].applied_sequence
+    assert again(lanes, batch(applied + 1, fill=9)) == [applied + 1]
+    assert fills(lanes, 3, 5) == [9, 9]
+
+
+def test_a_session_waits_for_its_source_for_so_long_only(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival_module, "NOTICE_SECONDS", 0.0)
+    rig.prepare(features=[versions.RECONNECT], reconnect_s=0.01)
+    lose(rig, serialize(batch(1)))
+    assert rig.state() == PREPARING
+    for _ in range(1000):
+        if rig.state() == REVOKED:
+            break
+        threading.Event().wait(0.01)
+    assert rig.state() == REVOKED and not rig.host.migrating
+
+
+def test_a_stream_that_is_refused_ends_the_session_all_the_same(rig: Rig) -> None:
+    rig.prepare(**RECONNECTS)
+    refused(lambda: rig.pages(batch(2)))
+    assert rig.state() == REVOKED
+    assert refused(lambda: reconnect(rig)).startswith("WRONG_STATE")
+
+
+def test_a_session_that_waits_makes_way_for_the_next_of_its_machine(rig: Rig) -> None:
+    rig.prepare(**RECONNECTS)
+    assert refused(lambda: rig.prepare(session_id="another")).startswith("MIGRATION_RUNS")
+    lose(rig, serialize(batch(1)))
+    other = UUID[:-1] + "2"
+    spec = dataclasses.replace(SPEC, uuid=other)
+    strange: dict[str, Any] = {"session_id": "strange", "machine_uuid": other, "machine_json": to_json(spec)}
+    assert refused(lambda: rig.prepare(**strange)).startswith("MIGRATION_RUNS")
+    assert rig.state() == PREPARING
+    rig.prepare(session_id="another")
+    assert rig.state() == REVOKED and rig.launches == 2
+
+
+def test_what_was_finished_is_answered_again(rig: Rig) -> None:
+    rig.all_has_come(**RECONNECTS)
+    first = rig.finish()
+    assert [ack.applied_sequence for ack in reconnect(rig).lanes] == [1, 0]
+    assert rig.finish() == first and rig.state() == READY and len(rig.machine.did("load")) == 1
+    assert refused(lambda: rig.finish(paused=True)).startswith("WRONG_STATE")
+
+
 # switchover
 
 

@@ -131,12 +131,18 @@ class Daemon:
 
     def asks(self, session_id: str, seconds: float) -> bool:
         """Whether it has said that it does not know who has the machine, and goes on asking, before a result."""
+        return self.tells(session_id, lambda event: "is not known until" in event.message, seconds)
+
+    def tells(
+        self, session_id: str, what: Callable[[host_pb2.WatchEventsResponse], bool], seconds: float = START_SECONDS
+    ) -> bool:
+        """Wait for an event of a session that is what it should be; return False if there is none before the result."""
         events = self.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session_id), timeout=seconds)
         for event in events:
-            asks = "is not known until" in event.message
-            if asks or event.HasField("result"):
+            found = what(event)
+            if found or event.HasField("result"):
                 events.cancel()
-                return asks
+                return found
         return False
 
     def kill(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from rig import Rig, assert_completed, machine_toml, wait_for
+from switchover.v1 import host_pb2, migration_pb2
 from test_journey_localhost import goes_on
 
 
@@ -42,8 +44,11 @@ REASON = can_make_hosts()
 
 
 @pytest.fixture
-def hosts() -> Iterator[tuple[str, str]]:
-    """Two network namespaces, 10.77.0.1 and 10.77.0.2 to each other, 10.77.1.2 and 10.77.2.2 to us."""
+def hosts() -> Iterator[tuple[str, str, str]]:
+    """Two network namespaces, 10.77.0.1 and 10.77.0.2 to each other, 10.77.1.2 and 10.77.2.2 to us.
+
+    And the link between them, by its name in the first.
+    """
     tag = uuid.uuid4().hex[:6]
     a, b = f"swa{tag}", f"swb{tag}"
     try:
@@ -60,15 +65,15 @@ def hosts() -> Iterator[tuple[str, str]]:
         for name, link, address in ((a, f"va{tag}", "10.77.0.1/24"), (b, f"vb{tag}", "10.77.0.2/24")):
             run("ip", "-n", name, "addr", "add", address, "dev", link)
             run("ip", "-n", name, "link", "set", link, "up")
-        yield a, b
+        yield a, b, f"va{tag}"
     finally:
         for name in (a, b):
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-def test_between_two_hosts_with_different_clocks(rig: Rig, image: Path, hosts: tuple[str, str]) -> None:
-    a, b = hosts
+def test_between_two_hosts_with_different_clocks(rig: Rig, image: Path, hosts: tuple[str, str, str]) -> None:
+    a, b, _ = hosts
     source = rig.start(
         "source",
         machine_toml(image=image, devices=("nic", "accelerator")),
@@ -90,6 +95,37 @@ def test_between_two_hosts_with_different_clocks(rig: Rig, image: Path, hosts: t
     # The clocks differ by a day and more; the guest's gap is that of its stop.
     assert 0 < result.guest_gap_ms < 20_000
     assert result.guest_gap_error_ms < 100
+    goes_on(destination, before)
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("lane_kind", [migration_pb2.LANE_KIND_GRPC, migration_pb2.LANE_KIND_TCP])
+def test_the_link_goes_down_and_comes_back(
+    rig: Rig, image: Path, hosts: tuple[str, str, str], lane_kind: migration_pb2.LaneKind.ValueType
+) -> None:
+    a, b, link = hosts
+    machine = machine_toml(image=image, devices=("nic", "accelerator"))
+    options: dict[str, Any] = {"listen": "0.0.0.0:0", "options": ("--insecure",)}
+    source = rig.start("source", machine, prefix=("ip", "netns", "exec", a), reach="10.77.1.2", **options)
+    destination = rig.start("destination", prefix=("ip", "netns", "exec", b), reach="10.77.2.2", **options)
+    before = goes_on(source)
+    address = f"10.77.0.2:{destination.port}"
+    session = source.begin(
+        address,
+        lane_kind=lane_kind,
+        bandwidth_limit=10e6,
+        max_rounds=3,
+        on_timeout=host_pb2.ON_TIMEOUT_SWITCH_OVER,
+        reconnect_s=60,
+    )
+    assert source.tells(session, lambda event: event.progress.sent_bytes > 4 << 20)
+    run("ip", "-n", a, "link", "set", link, "down")
+    assert source.tells(session, lambda event: event.progress.disconnected_ms > 0)
+    run("ip", "-n", a, "link", "set", link, "up")
+    result = source.follow(session)
+    assert_completed(result)
+    assert result.reconnects >= 1
     goes_on(destination, before)
 
 

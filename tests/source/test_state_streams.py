@@ -17,6 +17,7 @@ from common.machine.client import Changes, DeviceInfo, DeviceSizes, MachineClien
 from source import state_streams
 from source.failures import explain
 from source.limiter import Limiter
+from source.reconnect import Link
 from source.state_streams import (
     FAILED_LENGTH,
     READ_SIZE,
@@ -30,6 +31,7 @@ PRECOPY, LOADED = pb.DEVICE_STATE_KIND_PRECOPY_DATA, pb.DEVICE_STATE_KIND_INIT_D
 STOP_COPY, END = pb.DEVICE_STATE_KIND_STOP_COPY_DATA, pb.DEVICE_STATE_KIND_END
 RESTART = pb.DEVICE_STATE_KIND_RESTART
 SECONDS = 10.0
+LINK = Link(cast("Any", None), "5e55", lambda _: None, lambda _: None)  # that is never lost
 
 
 class Device:
@@ -119,7 +121,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Opened]]:
         info = DeviceInfo("nic0", "nic", flags, "RUNNING", comparable_dump=True)
         machine = cast("MachineClient", device)
         made.append(
-            DeviceStream(lambda: cast("grpc.Channel", Channel()), "5e55", info, machine, Limiter(None), loads_ahead)
+            DeviceStream(
+                lambda: cast("grpc.Channel", Channel()), "5e55", LINK, info, machine, Limiter(None), loads_ahead
+            )
         )
         return made[-1], device, destination
 
@@ -302,7 +306,7 @@ def test_what_went_wrong_in_precopy_is_raised_where_the_story_looks(opened: Call
 def test_all_that_is_gone_is_told_before_what_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_streams, "BATCH", 2)
     destination = Destination()
-    stream = MappingStream(cast("Any", destination), "5e55")
+    stream = MappingStream(cast("Any", destination), "5e55", LINK)
     changes = [MappingChange("default", n << 12, 4096, n << 13, readable=True, writable=n > 1) for n in range(3)]
     stream.send(Changes(tuple(changes), tuple(changes)))
     batches = destination.take(4)

@@ -224,6 +224,19 @@ def test_a_failure_of_the_call_is_kept_and_raised_by_every_later_call(
         assert failed.value.reason == "UNREACHABLE"
 
 
+def test_what_has_ended_it_is_told_while_nobody_uses_it() -> None:
+    ended: queue.Queue[Exception] = queue.Queue()
+    destination = Destination()
+    stream: AckedStream[int, Ack] = AckedStream(destination.open, on_end=ended.put)
+    destination.end(Broken(grpc.StatusCode.UNAVAILABLE, "gone"))
+    failure = ended.get(timeout=SECONDS)
+    with pytest.raises(PeerError) as raised:
+        stream.check()
+    assert raised.value is failure
+    stream.close(abort=True)
+    assert destination.has_ended()
+
+
 @pytest.mark.parametrize("which", range(3))
 def test_a_stream_that_the_destination_ends_has_failed(opened: Callable[..., Opened], which: int) -> None:
     stream, destination = opened()

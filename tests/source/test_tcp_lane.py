@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from common.memory import runs
 from common.memory.pages import PageBatch
 from common.rpc.errors import PeerError
 from common.rpc.lane_frame import (
@@ -30,8 +31,8 @@ TOKEN = bytes(range(32))
 
 
 def batch(pages: int = 1) -> PageBatch:
-    runs = np.array([0], np.uint64), np.array([pages], np.uint64)
-    return PageBatch(0, 0, 1, *runs, bytes((pages + 7) // 8), (memoryview(bytearray(4096 * pages)),))
+    covered = np.array([0], np.uint64), np.array([pages], np.uint64)
+    return PageBatch(0, 0, 1, *covered, bytes((pages + 7) // 8), (memoryview(bytearray(4096 * pages)),))
 
 
 SIZE = sum(map(len, pack_batch(batch())))
@@ -45,11 +46,14 @@ class Destination:
         self.port = LanePort("127.0.0.1", self._listener.getsockname()[1], None)
         self.applied: list[tuple[int, int]] = []
 
-    def open(self, welcome: bytes = pack_ack(0)) -> TcpLane:
+    def note(self, pages: runs.Runs, size: int) -> None:
+        self.applied.append((runs.total(pages), size))
+
+    def open(self, welcome: bytes = pack_ack(0), applied: int = 0) -> TcpLane:
         thread = threading.Thread(target=self._welcome, args=(welcome,))
         thread.start()
         try:
-            self.lane = TcpLane(self.port, TOKEN, Limiter(None), lambda *ack: self.applied.append(ack))
+            self.lane = TcpLane(self.port, TOKEN, applied, Limiter(None), self.note)
         finally:
             thread.join()
         return self.lane
@@ -151,6 +155,32 @@ def test_only_so_many_batches_are_on_their_way(destination: Destination) -> None
     assert Background(lambda: destination.take(SIZE * (MAX_UNACKED + 1))).ended()
 
 
+def test_a_lane_goes_on_behind_what_was_applied_before(destination: Destination) -> None:
+    lane = destination.open(applied=7)
+    lane.drain()
+    lane.send(batch())
+    header = parse_header(destination.take(SIZE)[:HEADER_SIZE])
+    assert header is not None and header.sequence == lane.sequence == 8
+    destination.say(pack_ack(8))
+    lane.drain()
+
+
+def test_what_was_applied_and_not_acknowledged_counts_once_it_is_known(destination: Destination) -> None:
+    lane = destination.open()
+    for _ in range(3):
+        lane.send(batch())
+    destination.say(pack_ack(1))
+    destination.connection.close()
+    with pytest.raises(PeerError):
+        lane.drain()
+    for wrong in (0, 4):
+        with pytest.raises(ConnectionError, match=f"goes on behind batch {wrong} of 3"):
+            lane.settle(wrong)
+    lane.settle(2)
+    lane.settle(2)
+    assert destination.applied == [(1, SIZE), (1, SIZE)]
+
+
 @pytest.mark.parametrize("sequence", [2, 1 << 63])
 def test_an_ack_of_what_was_never_sent_is_refused(destination: Destination, sequence: int) -> None:
     lane = destination.open()
@@ -204,13 +234,13 @@ def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(PeerError, match="refused"):
-        TcpLane(LanePort("127.0.0.1", port, None), TOKEN, Limiter(None), lambda *_: None)
+        TcpLane(LanePort("127.0.0.1", port, None), TOKEN, 0, Limiter(None), lambda *_: None)
 
 
 def test_one_who_never_answers(destination: Destination, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tcp_lane, "BEGIN_SECONDS", 0.1)
     with pytest.raises(PeerError, match=r"too long|timed out"):
-        TcpLane(destination.port, TOKEN, Limiter(None), lambda *_: None)
+        TcpLane(destination.port, TOKEN, 0, Limiter(None), lambda *_: None)
 
 
 def test_who_waits_is_interrupted(destination: Destination) -> None:

@@ -399,6 +399,7 @@ class MigrateRequest(_message.Message):
     COMPRESSION_FIELD_NUMBER: _builtins.int
     CONTINUE_ON_MISMATCH_FIELD_NUMBER: _builtins.int
     LANE_KIND_FIELD_NUMBER: _builtins.int
+    RECONNECT_S_FIELD_NUMBER: _builtins.int
     destination: _builtins.str
     """Address of the destination's daemon."""
     max_downtime_ms: _builtins.float
@@ -423,6 +424,8 @@ class MigrateRequest(_message.Message):
     """On a mismatch after the start, leave the machine running at the destination instead of pausing it."""
     lane_kind: _migration_pb2.LaneKind.ValueType
     """How the page lanes go; not set: gRPC."""
+    reconnect_s: _builtins.float
+    """For how long to wait for a network that has broken, in seconds, before the migration fails; 0: not at all."""
     def __init__(
         self,
         *,
@@ -438,10 +441,11 @@ class MigrateRequest(_message.Message):
         compression: Global___Compression.ValueType = ...,
         continue_on_mismatch: _builtins.bool = ...,
         lane_kind: _migration_pb2.LaneKind.ValueType = ...,
+        reconnect_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_converge", b"auto_converge", "bandwidth_limit", b"bandwidth_limit", "compression", b"compression", "continue_on_mismatch", b"continue_on_mismatch", "destination", b"destination", "lane_kind", b"lane_kind", "lanes", b"lanes", "max_downtime_ms", b"max_downtime_ms", "max_rounds", b"max_rounds", "on_timeout", b"on_timeout", "timeout_s", b"timeout_s", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_converge", b"auto_converge", "bandwidth_limit", b"bandwidth_limit", "compression", b"compression", "continue_on_mismatch", b"continue_on_mismatch", "destination", b"destination", "lane_kind", b"lane_kind", "lanes", b"lanes", "max_downtime_ms", b"max_downtime_ms", "max_rounds", b"max_rounds", "on_timeout", b"on_timeout", "reconnect_s", b"reconnect_s", "timeout_s", b"timeout_s", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -813,6 +817,8 @@ class Progress(_message.Message):
     EQUAL_PAGES_FIELD_NUMBER: _builtins.int
     DELTA_PAGES_FIELD_NUMBER: _builtins.int
     COMPRESSED_PAGES_FIELD_NUMBER: _builtins.int
+    RECONNECTS_FIELD_NUMBER: _builtins.int
+    DISCONNECTED_MS_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """setup, precopy, switchover, handover."""
     round: _builtins.int
@@ -847,6 +853,10 @@ class Progress(_message.Message):
     """Pages sent so far as the difference to what was sent before."""
     compressed_pages: _builtins.int
     """Pages sent so far compressed, differences included."""
+    reconnects: _builtins.int
+    """How often the connection was lost and restored."""
+    disconnected_ms: _builtins.float
+    """For how long it has been lost now, in milliseconds; 0: it is there."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProgress]:
         """How far each device is."""
@@ -872,10 +882,12 @@ class Progress(_message.Message):
         equal_pages: _builtins.int = ...,
         delta_pages: _builtins.int = ...,
         compressed_pages: _builtins.int = ...,
+        reconnects: _builtins.int = ...,
+        disconnected_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "compressed_pages", b"compressed_pages", "compression", b"compression", "decision", b"decision", "delta_pages", b"delta_pages", "devices", b"devices", "dirty_rate", b"dirty_rate", "equal_pages", b"equal_pages", "expected_downtime_ms", b"expected_downtime_ms", "page_bytes", b"page_bytes", "phase", b"phase", "round", b"round", "round_done_pages", b"round_done_pages", "round_pages", b"round_pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "unchanged_pages", b"unchanged_pages", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "compressed_pages", b"compressed_pages", "compression", b"compression", "decision", b"decision", "delta_pages", b"delta_pages", "devices", b"devices", "dirty_rate", b"dirty_rate", "disconnected_ms", b"disconnected_ms", "equal_pages", b"equal_pages", "expected_downtime_ms", b"expected_downtime_ms", "page_bytes", b"page_bytes", "phase", b"phase", "reconnects", b"reconnects", "round", b"round", "round_done_pages", b"round_done_pages", "round_pages", b"round_pages", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "unchanged_pages", b"unchanged_pages", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -953,6 +965,8 @@ class MigrationResult(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     LANE_KIND_FIELD_NUMBER: _builtins.int
+    RECONNECTS_FIELD_NUMBER: _builtins.int
+    DISCONNECTED_MS_FIELD_NUMBER: _builtins.int
     result: _builtins.str
     """"completed", "cancelled" or "failed"."""
     verified: _builtins.str
@@ -989,6 +1003,10 @@ class MigrationResult(_message.Message):
     """The machine was paused by its user, and still is."""
     lane_kind: _builtins.str
     """How the pages went: "grpc" or "tcp"."""
+    reconnects: _builtins.int
+    """How often the connection was lost and restored."""
+    disconnected_ms: _builtins.float
+    """For how long there was none, all losses together, in milliseconds."""
     @_builtins.property
     def downtime(self) -> Global___Downtime:
         """Its parts."""
@@ -1040,10 +1058,12 @@ class MigrationResult(_message.Message):
         owner: _builtins.str = ...,
         paused: _builtins.bool = ...,
         lane_kind: _builtins.str = ...,
+        reconnects: _builtins.int = ...,
+        disconnected_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downtime", b"downtime", "ram", b"ram"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "devices", b"devices", "dirty_tracking", b"dirty_tracking", "downtime", b"downtime", "downtime_ms", b"downtime_ms", "error", b"error", "guest_gap_error_ms", b"guest_gap_error_ms", "guest_gap_ms", b"guest_gap_ms", "lane_kind", b"lane_kind", "machine_uuid", b"machine_uuid", "mappings", b"mappings", "mismatched_pages", b"mismatched_pages", "mismatches", b"mismatches", "owner", b"owner", "paused", b"paused", "ram", b"ram", "reason", b"reason", "result", b"result", "rounds", b"rounds", "session_id", b"session_id", "throttle_percent", b"throttle_percent", "total_ms", b"total_ms", "verified", b"verified", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "devices", b"devices", "dirty_tracking", b"dirty_tracking", "disconnected_ms", b"disconnected_ms", "downtime", b"downtime", "downtime_ms", b"downtime_ms", "error", b"error", "guest_gap_error_ms", b"guest_gap_error_ms", "guest_gap_ms", b"guest_gap_ms", "lane_kind", b"lane_kind", "machine_uuid", b"machine_uuid", "mappings", b"mappings", "mismatched_pages", b"mismatched_pages", "mismatches", b"mismatches", "owner", b"owner", "paused", b"paused", "ram", b"ram", "reason", b"reason", "reconnects", b"reconnects", "result", b"result", "rounds", b"rounds", "session_id", b"session_id", "throttle_percent", b"throttle_percent", "total_ms", b"total_ms", "verified", b"verified", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -205,6 +205,7 @@ class PrepareRequest(_message.Message):
     LANE_KIND_FIELD_NUMBER: _builtins.int
     HIGHEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    RECONNECT_S_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Unique for this attempt."""
     protocol_version: _builtins.int
@@ -223,6 +224,8 @@ class PrepareRequest(_message.Message):
     """How the page lanes come."""
     highest_protocol_version: _builtins.int
     """The highest protocol that the source speaks, and every one between; 0: the lowest only."""
+    reconnect_s: _builtins.float
+    """With the feature "reconnect": for how many seconds the session is kept when its streams have broken; 0: not at all."""
     @_builtins.property
     def data_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First pages of the runs of RAM that hold data now, for touching memory early."""
@@ -250,10 +253,11 @@ class PrepareRequest(_message.Message):
         lane_kind: Global___LaneKind.ValueType = ...,
         highest_protocol_version: _builtins.int = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
+        reconnect_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "features", b"features", "highest_protocol_version", b"highest_protocol_version", "incarnation", b"incarnation", "lane_kind", b"lane_kind", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_first", b"data_first", "data_pages", b"data_pages", "features", b"features", "highest_protocol_version", b"highest_protocol_version", "incarnation", b"incarnation", "lane_kind", b"lane_kind", "lanes", b"lanes", "machine_json", b"machine_json", "machine_uuid", b"machine_uuid", "protocol_version", b"protocol_version", "reconnect_s", b"reconnect_s", "session_id", b"session_id", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -647,6 +651,99 @@ class Mapping(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Mapping: _TypeAlias = Mapping  # noqa: Y015
+
+@_typing.final
+class ReconnectRequest(_message.Message):
+    """ReconnectRequest begins a new generation of streams."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    generation: _builtins.int
+    """Greater than that of every Reconnect of this session before; the streams after Prepare are of generation 0."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReconnectRequest: _TypeAlias = ReconnectRequest  # noqa: Y015
+
+@_typing.final
+class ReconnectResponse(_message.Message):
+    """ReconnectResponse says what was applied: nothing of an earlier generation ever will be after it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DevicesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___SendDeviceStateResponse: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___SendDeviceStateResponse | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LANES_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    MAPPINGS_FIELD_NUMBER: _builtins.int
+    LANE_PORT_FIELD_NUMBER: _builtins.int
+    LANE_TOKENS_FIELD_NUMBER: _builtins.int
+    lane_port: _builtins.int
+    """With TCP lanes: the port that takes those of this generation."""
+    @_builtins.property
+    def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SendPagesResponse]:
+        """For each page lane its last ack."""
+
+    @_builtins.property
+    def devices(self) -> _containers.MessageMap[_builtins.str, Global___SendDeviceStateResponse]:
+        """For each device, by name, its last ack."""
+
+    @_builtins.property
+    def mappings(self) -> Global___SendMappingsResponse:
+        """The last ack of the mappings."""
+
+    @_builtins.property
+    def lane_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """With TCP lanes: for each lane 32 bytes that open it, once."""
+
+    def __init__(
+        self,
+        *,
+        lanes: _abc.Iterable[Global___SendPagesResponse] | None = ...,
+        devices: _abc.Mapping[_builtins.str, Global___SendDeviceStateResponse] | None = ...,
+        mappings: Global___SendMappingsResponse | None = ...,
+        lane_port: _builtins.int = ...,
+        lane_tokens: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mappings", b"mappings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "lane_port", b"lane_port", "lane_tokens", b"lane_tokens", "lanes", b"lanes", "mappings", b"mappings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReconnectResponse: _TypeAlias = ReconnectResponse  # noqa: Y015
 
 @_typing.final
 class FinishRequest(_message.Message):

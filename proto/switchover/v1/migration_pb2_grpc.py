@@ -60,6 +60,11 @@ class MigrationServiceStub:
                 request_serializer=switchover_dot_v1_dot_migration__pb2.SendMappingsRequest.SerializeToString,
                 response_deserializer=switchover_dot_v1_dot_migration__pb2.SendMappingsResponse.FromString,
                 _registered_method=True)
+        self.Reconnect = channel.unary_unary(
+                '/switchover.v1.MigrationService/Reconnect',
+                request_serializer=switchover_dot_v1_dot_migration__pb2.ReconnectRequest.SerializeToString,
+                response_deserializer=switchover_dot_v1_dot_migration__pb2.ReconnectResponse.FromString,
+                _registered_method=True)
         self.Finish = channel.unary_unary(
                 '/switchover.v1.MigrationService/Finish',
                 request_serializer=switchover_dot_v1_dot_migration__pb2.FinishRequest.SerializeToString,
@@ -131,6 +136,13 @@ class MigrationServiceServicer:
 
     def SendMappings(self, request_iterator, context):
         """SendMappings carries the changes of the DMA mappings of all address spaces, in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reconnect(self, request, context):
+        """Reconnect ends whatever is left of the streams, once their connections are lost, and says where new ones go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,6 +224,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.SendMappings,
                     request_deserializer=switchover_dot_v1_dot_migration__pb2.SendMappingsRequest.FromString,
                     response_serializer=switchover_dot_v1_dot_migration__pb2.SendMappingsResponse.SerializeToString,
+            ),
+            'Reconnect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reconnect,
+                    request_deserializer=switchover_dot_v1_dot_migration__pb2.ReconnectRequest.FromString,
+                    response_serializer=switchover_dot_v1_dot_migration__pb2.ReconnectResponse.SerializeToString,
             ),
             'Finish': grpc.unary_unary_rpc_method_handler(
                     servicer.Finish,
@@ -385,6 +402,33 @@ class MigrationService:
             '/switchover.v1.MigrationService/SendMappings',
             switchover_dot_v1_dot_migration__pb2.SendMappingsRequest.SerializeToString,
             switchover_dot_v1_dot_migration__pb2.SendMappingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reconnect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/switchover.v1.MigrationService/Reconnect',
+            switchover_dot_v1_dot_migration__pb2.ReconnectRequest.SerializeToString,
+            switchover_dot_v1_dot_migration__pb2.ReconnectResponse.FromString,
             options,
             channel_credentials,
             insecure,

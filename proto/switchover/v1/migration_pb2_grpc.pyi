@@ -55,6 +55,8 @@ class MigrationServiceStub:
     """SendDeviceState carries the migration data of one device. An ack means that the device took the bytes."""
     SendMappings: _grpc.StreamStreamMultiCallable[_migration_pb2.SendMappingsRequest, _migration_pb2.SendMappingsResponse]
     """SendMappings carries the changes of the DMA mappings of all address spaces, in order."""
+    Reconnect: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ReconnectRequest, _migration_pb2.ReconnectResponse]
+    """Reconnect ends whatever is left of the streams, once their connections are lost, and says where new ones go on."""
     Finish: _grpc.UnaryUnaryMultiCallable[_migration_pb2.FinishRequest, _migration_pb2.FinishResponse]
     """Finish hands over the rest of the machine's state and takes all devices out of RESUMING."""
     Verify: _grpc.UnaryUnaryMultiCallable[_migration_pb2.VerifyRequest, _migration_pb2.VerifyResponse]
@@ -85,6 +87,8 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     """SendDeviceState carries the migration data of one device. An ack means that the device took the bytes."""
     SendMappings: _aio.StreamStreamMultiCallable[_migration_pb2.SendMappingsRequest, _migration_pb2.SendMappingsResponse]  # type: ignore[assignment]
     """SendMappings carries the changes of the DMA mappings of all address spaces, in order."""
+    Reconnect: _aio.UnaryUnaryMultiCallable[_migration_pb2.ReconnectRequest, _migration_pb2.ReconnectResponse]  # type: ignore[assignment]
+    """Reconnect ends whatever is left of the streams, once their connections are lost, and says where new ones go on."""
     Finish: _aio.UnaryUnaryMultiCallable[_migration_pb2.FinishRequest, _migration_pb2.FinishResponse]  # type: ignore[assignment]
     """Finish hands over the rest of the machine's state and takes all devices out of RESUMING."""
     Verify: _aio.UnaryUnaryMultiCallable[_migration_pb2.VerifyRequest, _migration_pb2.VerifyResponse]  # type: ignore[assignment]
@@ -142,6 +146,14 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_pb2.SendMappingsResponse], _abc.AsyncIterator[_migration_pb2.SendMappingsResponse]]:
         """SendMappings carries the changes of the DMA mappings of all address spaces, in order."""
+
+    @_abc_1.abstractmethod
+    def Reconnect(
+        self,
+        request: _migration_pb2.ReconnectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.ReconnectResponse, _abc.Awaitable[_migration_pb2.ReconnectResponse]]:
+        """Reconnect ends whatever is left of the streams, once their connections are lost, and says where new ones go on."""
 
     @_abc_1.abstractmethod
     def Finish(
