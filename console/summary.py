@@ -115,13 +115,21 @@ def _verification(result: MigrationResult) -> str:
 
 def _downtime(result: MigrationResult) -> str:
     line = f"The machine stood still for {format_duration(result.downtime_ms)}"
-    if result.downtime.verification <= 0:
-        return f"{line}, from the first vCPU's stop to its start at the destination."
     moving = max(result.downtime_ms - result.downtime.verification, 0)
-    return (
-        f"{line}: {format_duration(moving)} to be moved, which is what --max-downtime limits, and "
-        f"{format_duration(result.downtime.verification)} to be compared."
-    )
+    if result.downtime.verification <= 0:
+        line += ", from the first vCPU's stop to its start at the destination."
+    else:
+        line += (
+            f": {format_duration(moving)} to be moved, which is what --max-downtime limits, and "
+            f"{format_duration(result.downtime.verification)} to be compared."
+        )
+    if result.expected_downtime_ms >= 0 and moving > result.max_downtime_ms:
+        line += (
+            f" That is more than the {format_duration(result.max_downtime_ms)} accepted: "
+            f"{format_duration(result.expected_downtime_ms)} were expected, by the pages and bytes that were left and "
+            "the speed so far; what devices take to load is not known before."
+        )
+    return line
 
 
 def _guest_gap(result: MigrationResult) -> str:

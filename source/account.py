@@ -16,7 +16,7 @@ from common.machine.client import DeviceConfig, DeviceInfo, Tracking
 from common.memory.layout import PAGE_SIZE
 from source.lane_stats import LaneStats
 from source.meter import Meter
-from source.policy import Decision, RoundFacts
+from source.policy import Action, Decision, RoundFacts
 from source.state_streams import DeviceStream
 
 __all__ = ["Account"]
@@ -51,6 +51,8 @@ class Account:
             lane_kind=migration_pb2.LaneKind.Name(request.lane_kind).removeprefix("LANE_KIND_").lower(),
             owner="source",
             guest_gap_ms=-1,
+            max_downtime_ms=request.max_downtime_ms,
+            expected_downtime_ms=-1,
         )
         self._events = events
         self._session_id = session_id
@@ -126,6 +128,18 @@ class Account:
         ram.compressed_pages += stats.compressed_pages
         ram.page_bytes += stats.page_bytes
 
+    def sent(self, stats: LaneStats) -> None:
+        """Note what was sent in all, of a round too that does not come to its end."""
+        ram = self.result.ram
+        ram.transferred_bytes = max(ram.transferred_bytes, self.meter.total_bytes)
+        ram.pages = stats.pages
+        ram.zero_pages = stats.zero_pages
+        ram.unchanged_pages = stats.unchanged_pages
+        ram.equal_pages = stats.equal_pages
+        ram.delta_pages = stats.delta_pages
+        ram.compressed_pages = stats.compressed_pages
+        ram.page_bytes = stats.page_bytes
+
     def look(
         self, number: int, stats: LaneStats, *, dirty_pages: int, device_bytes: int, initial_data_loaded: bool
     ) -> RoundFacts:
@@ -169,6 +183,8 @@ class Account:
         )
         expected = facts.expected_downtime_s
         self._progress.expected_downtime_ms = expected * 1000 if expected < float("inf") else -1
+        if decision.action is Action.SWITCH_OVER:
+            self.result.expected_downtime_ms = self._progress.expected_downtime_ms
         self._progress.dirty_rate = facts.dirty_rate
         self._progress.decision = decision.reason
         self.throttle_percent = decision.throttle_percent
@@ -178,6 +194,7 @@ class Account:
     def precopy_begins(self) -> None:
         """Start the clock of round 0."""
         self.precopy_began = self.elapsed()
+        self.result.setup_ms = self.precopy_began * 1000
 
     @contextmanager
     def downtime(self, part: Part) -> Iterator[None]:

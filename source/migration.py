@@ -86,7 +86,8 @@ class Migration:
         )
         self._limiter = Limiter(request.bandwidth_limit or None)
         self._history = History()
-        self._cancelled = threading.Event()
+        self._ending = threading.Event()
+        self._ended_by: Exception | None = None  # cancelled, or out of time
         self._ownership = Ownership.OWNER
         self._pool = ThreadPoolExecutor(
             max_workers=32, thread_name_prefix="migration", initializer=enter_session, initargs=(session_id,)
@@ -118,11 +119,15 @@ class Migration:
         if self._open_streams is not None:
             self._open_streams.interrupt(failure)
 
-    def cancel(self) -> None:
+    def cancel(self, why: str = "cancelled by the operator") -> None:
         """End the migration; without effect once COMMIT may have been sent."""
-        self._cancelled.set()
+        self._end(CancelledError(why))
+
+    def _end(self, failure: Exception) -> None:
+        self._ended_by = self._ended_by or failure
         if self._ownership is Ownership.OWNER:
-            self._interrupt(CancelledError("cancelled by the operator"))
+            self._ending.set()
+            self._interrupt(failure)
 
     def _interrupt(self, failure: Exception) -> None:
         """Let whoever sends or waits for the destination fail."""
@@ -135,7 +140,7 @@ class Migration:
 
     def abandon(self) -> None:
         """Do not wait any longer for a destination that does not answer: this daemon ends."""
-        self.cancel()
+        self.cancel("the daemon was told to end")
         self.handover.end()
 
     def run(self) -> None:
@@ -143,8 +148,9 @@ class Migration:
         enter_session(self.session_id)
         _log.info("migration", destination=self._address)
         try:
-            self._setup()
-            self._precopy()
+            with self._deadline():
+                self._setup()
+                self._precopy()
             self._switchover()
             self._handover()
             self._after()
@@ -152,6 +158,31 @@ class Migration:
             self._fail(error)
         finally:
             self._close()
+
+    @contextmanager
+    def _deadline(self) -> Iterator[None]:
+        """End what outlasts the time limit; whether it was reached between rounds of pre-copy the policy sees."""
+        limit = self._limits.timeout_s
+        if limit is None or self._limits.switch_over_at_limit:
+            yield
+            return
+        timer = threading.Timer(limit - self._account.elapsed(), self._time_is_up, (limit,))
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _time_is_up(self, limit: float) -> None:
+        if not self._account.precopy_began:
+            self._end(NotConvergedError(f"setup was not done in {limit:g} s; it needs more time"))
+            return
+        self._end(
+            NotConvergedError(
+                f"not converged in {limit:g} s, and a round of pre-copy was under way; it would converge with more "
+                "time or a faster link"
+            )
+        )
 
     # setup: the destination builds an empty machine; tracking starts.
 
@@ -262,28 +293,6 @@ class Migration:
     # precopy: round 0 sends all of RAM, each later one what was dirtied meanwhile; devices send what they can.
 
     def _precopy(self) -> None:
-        with self._deadline():
-            self._iterate()
-
-    @contextmanager
-    def _deadline(self) -> Iterator[None]:
-        """End a round that outlasts the time limit; whether the limit was reached between rounds the policy sees."""
-        limit = self._limits.timeout_s
-        if limit is None or self._limits.switch_over_at_limit:
-            yield
-            return
-        failure = NotConvergedError(
-            f"not converged in {limit:g} s, and a round of pre-copy was under way; it would converge with more time or "
-            "a faster link"
-        )
-        timer = threading.Timer(limit - self._account.elapsed(), self._interrupt, (failure,))
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _iterate(self) -> None:
         self._account.phase("precopy")
         hooks.reach("source.precopy")
         self._account.precopy_begins()
@@ -308,7 +317,7 @@ class Migration:
             if decision.action is Action.THROTTLE:
                 self._machine.throttle(decision.throttle_percent)
             elif not facts.dirty_bytes:
-                self._cancelled.wait(WAIT_SECONDS)
+                self._ending.wait(WAIT_SECONDS)
             number += 1
             pages = bitmap.runs_of(self._dirty)
             self._history.sent(number, self._dirty)
@@ -466,13 +475,14 @@ class Migration:
         result = self._account.result
         # After REVOKED, or if an operator has said so, this host is the owner again.
         before_commit = self._ownership is Ownership.OWNER
-        if before_commit and self._cancelled.is_set():
-            error = CancelledError("cancelled by the operator")
+        if before_commit and self._ended_by is not None:
+            error = self._ended_by
         result.result = "cancelled" if isinstance(error, CancelledError) else "failed"
         if before_commit or isinstance(error, DataLossError):
             result.verified = "false"
         result.total_ms = result.total_ms or self._account.elapsed() * 1000
-        result.ram.transferred_bytes = max(result.ram.transferred_bytes, self._account.meter.total_bytes)
+        if self._open_streams is not None:
+            self._account.sent(self._open_streams.sent)
         result.reason, result.error = explain(error, self._address)
         if result.reason == "INTERNAL":
             _log.error("migration failed", exc_info=error)
@@ -494,7 +504,7 @@ class Migration:
             _log.error("the machine did not take the end of the migration", message=str(error))
         self._close_streams(abort=True)
         # A cancelled Prepare may be under way there.
-        if self._prepared or self._cancelled.is_set():
+        if self._prepared or self._ended_by is not None:
             try:
                 self._stub.Abort(
                     migration_pb2.AbortRequest(session_id=self.session_id, reason=why), timeout=CALL_SECONDS
@@ -537,8 +547,8 @@ class Migration:
     # What every phase uses.
 
     def _check(self) -> None:
-        if self._cancelled.is_set():
-            raise CancelledError("cancelled by the operator")
+        if self._ended_by is not None:
+            raise self._ended_by
 
     def _answer(self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float) -> Answer:
         """Ask the destination what it may be asked again; wait for as long, or until `cancel`."""
@@ -563,7 +573,7 @@ class Migration:
         except grpc.RpcError as error:
             raise peer_error(error) from error
         except grpc.FutureCancelledError:
-            raise CancelledError("cancelled by the operator") from None
+            raise (self._ended_by or CancelledError("cancelled")) from None
         self._call = None
         return answer
 

@@ -12,6 +12,7 @@ from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 from common.machine.client import DeviceInfo, MachineClient, Rest
 from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
+from source.lane_stats import LaneStats
 from source.lanes import OpenLane, PageLanes
 from source.limiter import Limiter
 from source.packer import Packer
@@ -60,6 +61,11 @@ class Streams:
                 opened.callback(stream.close, abort=True)
                 self.devices.append(stream)
             opened.pop_all()
+
+    @property
+    def sent(self) -> LaneStats:
+        """What has gone over the lanes so far, without its size."""
+        return self._packer.progress()[1]
 
     @property
     def compression(self) -> str:

@@ -967,6 +967,9 @@ class MigrationResult(_message.Message):
     LANE_KIND_FIELD_NUMBER: _builtins.int
     RECONNECTS_FIELD_NUMBER: _builtins.int
     DISCONNECTED_MS_FIELD_NUMBER: _builtins.int
+    SETUP_MS_FIELD_NUMBER: _builtins.int
+    MAX_DOWNTIME_MS_FIELD_NUMBER: _builtins.int
+    EXPECTED_DOWNTIME_MS_FIELD_NUMBER: _builtins.int
     result: _builtins.str
     """"completed", "cancelled" or "failed"."""
     verified: _builtins.str
@@ -1007,6 +1010,12 @@ class MigrationResult(_message.Message):
     """How often the connection was lost and restored."""
     disconnected_ms: _builtins.float
     """For how long there was none, all losses together, in milliseconds."""
+    setup_ms: _builtins.float
+    """Of total_ms, how long setup took: building the machine at the destination, starting to track."""
+    max_downtime_ms: _builtins.float
+    """Longest downtime that was accepted, in milliseconds; verification is not counted."""
+    expected_downtime_ms: _builtins.float
+    """The downtime that was expected when the switchover began, in milliseconds; negative: none was begun."""
     @_builtins.property
     def downtime(self) -> Global___Downtime:
         """Its parts."""
@@ -1060,10 +1069,13 @@ class MigrationResult(_message.Message):
         lane_kind: _builtins.str = ...,
         reconnects: _builtins.int = ...,
         disconnected_ms: _builtins.float = ...,
+        setup_ms: _builtins.float = ...,
+        max_downtime_ms: _builtins.float = ...,
+        expected_downtime_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downtime", b"downtime", "ram", b"ram"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "devices", b"devices", "dirty_tracking", b"dirty_tracking", "disconnected_ms", b"disconnected_ms", "downtime", b"downtime", "downtime_ms", b"downtime_ms", "error", b"error", "guest_gap_error_ms", b"guest_gap_error_ms", "guest_gap_ms", b"guest_gap_ms", "lane_kind", b"lane_kind", "machine_uuid", b"machine_uuid", "mappings", b"mappings", "mismatched_pages", b"mismatched_pages", "mismatches", b"mismatches", "owner", b"owner", "paused", b"paused", "ram", b"ram", "reason", b"reason", "reconnects", b"reconnects", "result", b"result", "rounds", b"rounds", "session_id", b"session_id", "throttle_percent", b"throttle_percent", "total_ms", b"total_ms", "verified", b"verified", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "devices", b"devices", "dirty_tracking", b"dirty_tracking", "disconnected_ms", b"disconnected_ms", "downtime", b"downtime", "downtime_ms", b"downtime_ms", "error", b"error", "expected_downtime_ms", b"expected_downtime_ms", "guest_gap_error_ms", b"guest_gap_error_ms", "guest_gap_ms", b"guest_gap_ms", "lane_kind", b"lane_kind", "machine_uuid", b"machine_uuid", "mappings", b"mappings", "max_downtime_ms", b"max_downtime_ms", "mismatched_pages", b"mismatched_pages", "mismatches", b"mismatches", "owner", b"owner", "paused", b"paused", "ram", b"ram", "reason", b"reason", "reconnects", b"reconnects", "result", b"result", "rounds", b"rounds", "session_id", b"session_id", "setup_ms", b"setup_ms", "throttle_percent", b"throttle_percent", "total_ms", b"total_ms", "verified", b"verified", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
