@@ -188,6 +188,22 @@ def sends_while_it_is_prepared(source: HostileSource) -> set[str]:
     return found - {"NO_SESSION", "WRONG_STATE"}
 
 
+def reconnects(generation: int, **prepared: object) -> Cheat:
+    def cheat(source: HostileSource) -> set[str]:
+        source.prepare(**prepared)
+        request = pb.ReconnectRequest(session_id=source.session, generation=generation)
+        return {refused(lambda: source.stub.Reconnect(request, timeout=20))}
+
+    return cheat
+
+
+def goes_on_in_an_old_generation(source: HostileSource) -> set[str]:
+    source.prepare(features=["reconnect"], reconnect_s=60)
+    request = pb.ReconnectRequest(session_id=source.session, generation=(1 << 64) - 1)
+    assert not source.stub.Reconnect(request, timeout=20).lanes[0].applied_sequence
+    return {refused(lambda: source.pages([page(0)])), refused(lambda: source.stub.Reconnect(request, timeout=20))}
+
+
 def sends_many_streams(source: HostileSource) -> set[str]:
     source.session = "nosuchsession"
     streams = [source.pages(for_ever()) for _ in range(2000)]
@@ -254,6 +270,10 @@ CHEATS: dict[str, tuple[Cheat, set[str]]] = {
     "a mapping of nothing": (maps(mapping(size=0)), {"CANNOT_LOAD"}),
     "a mapping to nowhere": (maps(mapping(gpa=1 << 50)), {"CANNOT_LOAD"}),
     "a hundred thousand mappings": (maps(*(mapping(iova=at << 12) for at in range(100_000))), BAD),
+    "a reconnect that was not agreed": (reconnects(1), BAD),
+    "a reconnect to the beginning": (reconnects(0, features=["reconnect"], reconnect_s=60), {"OLD_GENERATION"}),
+    "an old generation": (goes_on_in_an_old_generation, {"OLD_GENERATION"}),
+    "a session for ever": (prepares(features=["reconnect"], reconnect_s=1e9), BAD),
     "a lane twice": (opens_a_lane_twice, BAD),
     "streams without end": (leaves_streams_open, BAD),
     "many at once": (prepares_many_at_once, {"MIGRATION_RUNS"}),
