@@ -45,10 +45,10 @@ class Figures:
         self.struck: Counter[str] = Counter()
         self.results: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        self.verify: dict[str, list[dict[str, float]]] = {"strict": [], "deferred": []}
+        self.times: dict[str, list[dict[str, float]]] = {}
         self.rss_mib: list[float] = []
 
-    def add(self, result: host_pb2.MigrationResult | None) -> None:
+    def add(self, result: host_pb2.MigrationResult | None, *, disturbed: bool) -> None:
         self.results[result.result if result is not None else "not told"] += 1
         if result is None:
             return
@@ -57,12 +57,13 @@ class Figures:
         if result.result == "completed":
             times = {
                 "downtime_ms": result.downtime_ms,
-                "downtime_without_verification_ms": result.downtime_ms - result.downtime.verification,
+                "verification_ms": result.downtime.verification,
                 "total_ms": result.total_ms,
             }
             if result.guest_gap_ms >= 0:
                 times["guest_gap_ms"] = result.guest_gap_ms
-            self.verify[result.verify].append(times)
+            how = f"{result.verify}, {'disturbed' if disturbed else 'undisturbed'}"
+            self.times.setdefault(how, []).append(times)
 
     def document(self, seconds: float) -> dict[str, Any]:
         """Return all of it as documented JSON (docs/reliability.md)."""
@@ -74,12 +75,13 @@ class Figures:
             "faults": dict(self.struck.most_common()),
             "migrations": dict(self.results.most_common()),
             "reasons": dict(self.reasons.most_common()),
-            "percentiles": {
-                how: {name: percentiles(times[name] for times in measured if name in times) for name in measured[0]}
-                for how, measured in self.verify.items()
-                if measured
+            "completed": {
+                how: {
+                    "count": len(measured),
+                    **{name: percentiles(times[name] for times in measured if name in times) for name in measured[0]},
+                }
+                for how, measured in sorted(self.times.items())
             },
-            "completed": {how: len(measured) for how, measured in self.verify.items()},
             "largest_daemon_rss_mib": round(max(self.rss_mib, default=0), 1),
         }
 
@@ -89,6 +91,10 @@ def percentiles(values: Iterable[float]) -> dict[str, float]:
     return {
         f"p{which}" if which < 100 else "max": round(value, 1) for which, value in zip(PERCENTILES, found, strict=True)
     }
+
+
+def nothing() -> None:
+    """Repair what needs no repair."""
 
 
 class Soak:
@@ -122,7 +128,7 @@ class Soak:
             self._died()
         self.figures.steps += 1
         self.figures.struck[step.fault if struck else f"{step.fault}: too late"] += 1
-        self.figures.add(result)
+        self.figures.add(result, disturbed=struck and step.fault != "nothing")
         self.figures.rss_mib += [host.rss_mib() for host in pair.hosts]
         how = f"{result.result} {result.reason}".strip() if result is not None else "not told"
         return f"{how}; the machine {(became.name or '').lower()}{'' if struck else ': too late for the fault'}"
@@ -140,9 +146,10 @@ class Soak:
             repair = self._strike(step, session)
         if repair is None:
             return False, source.daemon.follow(session, HANG)
-        time.sleep(step.lasts)
         told = source.daemon
-        repair()
+        if repair is not nothing:
+            time.sleep(step.lasts)
+            repair()
         if source.daemon is not told:
             return True, None
         return True, told.follow(session, HANG)
@@ -152,14 +159,14 @@ class Soak:
         pair, there = self.pair, self.pair.there
         match step.fault.split(" ", 1):
             case ["nothing"]:
-                return lambda: None
+                return nothing
             case ["cancelled"]:
                 try:
                     pair.here.daemon.stub.Cancel(host_pb2.CancelRequest(session_id=session), timeout=20)
                 except grpc.RpcError as error:
                     assert peer_error(error).reason == "NO_MIGRATION", peer_error(error)  # noqa: PT017
                     return None
-                return lambda: None
+                return nothing
             case ["slow", "network"]:
                 there.disturb("slow")
                 return lambda: there.disturb("")
@@ -187,7 +194,7 @@ class Soak:
                 if how == "killed":
                     with suppress(ProcessLookupError):
                         end(pid)
-                    return lambda: None
+                    return nothing
                 pair.stop(pid)
                 return lambda: pair.go_on(pid)
         raise AssertionError(step.fault)

@@ -107,7 +107,7 @@ def step(seed: int, number: int) -> Step:
             "lanes": rng.randint(1, 4),
             "compression": rng.choice(host_pb2.Compression.values()),
             "max_downtime_ms": rng.choice((50, 300, 1000)),
-            "bandwidth_limit": rng.choice((0, 0, 40e6)),
+            "bandwidth_limit": rng.choice((0, 0, 100e6)),
             # A machine that does not converge is moved all the same.
             "max_rounds": 8,
             "on_timeout": host_pb2.ON_TIMEOUT_SWITCH_OVER,
