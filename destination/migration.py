@@ -266,6 +266,7 @@ class Arrival:
         reading = None
         if self._verify == Verify.VERIFY_MODE_DEFERRED and self._verifier is not None:
             reading = self._pool.submit(self._verifier.complete)
+        hooks.reach("destination.finish")
         self._machine.load(vcpu, configs, paused=request.paused)
         if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
             # After the devices have validated their state: what one of them wrote meanwhile is read too.

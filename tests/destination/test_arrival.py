@@ -165,7 +165,7 @@ class Rig:
         self.launches += 1
         return self.machine
 
-    def prepare(self, **changes: Any) -> pb.PrepareResponse:
+    def prepare(self, *, waited: bool = True, **changes: Any) -> pb.PrepareResponse:
         members: dict[str, Any] = {
             "session_id": SESSION,
             "protocol_version": 1,
@@ -176,7 +176,8 @@ class Rig:
             "verify": pb.VERIFY_MODE_OFF,
             "lane_kind": self.lane_kind,
         }
-        self.answer = self.servicer.Prepare(pb.PrepareRequest(**members | changes), CONTEXT)
+        context = self.context(active=waited)
+        self.answer = self.servicer.Prepare(pb.PrepareRequest(**members | changes), context)
         return self.answer
 
     def context(self, *, active: bool = True, **metadata: str) -> grpc.ServicerContext:
@@ -326,6 +327,12 @@ def test_prepare_builds_a_machine_that_waits(rig: Rig) -> None:
     assert answer.protocol_version == 1 and rig.state() == PREPARING and rig.host.migrating
     assert rig.machine.notes == [("begin", SESSION), ("enter_resuming",)]
     assert rig.machine.memory.allocated_bytes == 11 * PAGE_SIZE
+
+
+def test_a_source_that_has_not_waited_for_prepare_leaves_nothing_behind(rig: Rig) -> None:
+    rig.prepare(waited=False)
+    assert rig.state() == REVOKED and not rig.host.migrating
+    assert rig.machine.did("shutdown")
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class Soak:
         source, destination = self.pair.here, self.pair.there
         with ExitStack() as held:
             arrived = held.enter_context(self.pair.rig.held(step.point)) if step.point else None
-            session = source.daemon.begin(destination.address, **step.options)
+            session = source.daemon.begin(destination.address, **step.request())
             if arrived is not None:
                 arrived()
             else:

@@ -63,6 +63,7 @@ POINTS = (
     "destination.initial_data",
     "destination.committed",
 )
+MAX_ROUNDS = 5
 STRATEGIES = ("auto", "aperture", "minmax", "mapped")
 IMAGE = Path(np.__file__).parent
 
@@ -77,7 +78,12 @@ class Step:
     point: str  #: the fault strikes when this is reached; empty: `after` so many seconds
     after: float
     lasts: float  #: seconds after which it is repaired
-    options: dict[str, Any]  #: of the MigrateRequest
+    verify: str
+    lane_kind: str
+    lanes: int
+    compress: str
+    max_downtime_ms: float
+    bandwidth_limit: float
 
     @property
     def may_end(self) -> End:
@@ -86,8 +92,22 @@ class Step:
     def __str__(self) -> str:
         when = f"at {self.point}" if self.point else f"after {self.after} s"
         what = f"{self.fault} ({self.device})" if "device" in self.fault else self.fault
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"step {self.number}: {what} {when} for {self.lasts} s; {options}"
+        how = f"{self.verify}, {self.lanes} {self.lane_kind} lanes, compress {self.compress}"
+        limit = f", {self.bandwidth_limit / 1e6:.0f} MB/s" if self.bandwidth_limit else ""
+        return f"step {self.number}: {what} {when} for {self.lasts} s; {how}, {self.max_downtime_ms} ms{limit}"
+
+    def request(self) -> dict[str, Any]:
+        """Return the fields of the MigrateRequest. A machine that does not converge is moved all the same."""
+        return {
+            "verify": migration_pb2.VerifyMode.Value(f"VERIFY_MODE_{self.verify.upper()}"),
+            "lane_kind": migration_pb2.LaneKind.Value(f"LANE_KIND_{self.lane_kind.upper()}"),
+            "lanes": self.lanes,
+            "compression": host_pb2.Compression.Value(f"COMPRESSION_{self.compress.upper()}"),
+            "max_downtime_ms": self.max_downtime_ms,
+            "bandwidth_limit": self.bandwidth_limit,
+            "max_rounds": MAX_ROUNDS,
+            "on_timeout": host_pb2.ON_TIMEOUT_SWITCH_OVER,
+        }
 
 
 def step(seed: int, number: int) -> Step:
@@ -101,17 +121,12 @@ def step(seed: int, number: int) -> Step:
         point=rng.choice(POINTS) if rng.random() < 0.5 else "",
         after=round(rng.uniform(0, 2), 2),
         lasts=rng.choice((0.1, 0.5, 1.0, 2.0, 2.0, 4.0) if rng.random() < 0.9 else (15.0,)),
-        options={
-            "verify": rng.choice((migration_pb2.VERIFY_MODE_STRICT, migration_pb2.VERIFY_MODE_DEFERRED)),
-            "lane_kind": rng.choice((migration_pb2.LANE_KIND_GRPC, migration_pb2.LANE_KIND_TCP)),
-            "lanes": rng.randint(1, 4),
-            "compression": rng.choice(host_pb2.Compression.values()),
-            "max_downtime_ms": rng.choice((50, 300, 1000)),
-            "bandwidth_limit": rng.choice((0, 0, 100e6)),
-            # A machine that does not converge is moved all the same.
-            "max_rounds": 8,
-            "on_timeout": host_pb2.ON_TIMEOUT_SWITCH_OVER,
-        },
+        verify=rng.choice(("strict", "deferred")),
+        lane_kind=rng.choice(("grpc", "tcp")),
+        lanes=rng.randint(1, 4),
+        compress=rng.choice(("off", "lz4", "zstd", "auto")),
+        max_downtime_ms=rng.choice((100, 300, 1000)),
+        bandwidth_limit=rng.choice((0, 0, 100e6)),
     )
 
 
@@ -120,11 +135,11 @@ def machine(seed: int, number: int) -> str:
     rng = random.Random(f"{seed} machine {number}")
     return machine_toml(
         devices=DEVICES,
-        ram="96MiB",
+        ram="64MiB",
         image=IMAGE,
         viommu=f'strategy = "{rng.choice(STRATEGIES)}"',
         pattern=rng.choice(("random", "sequential")),
-        rate=rng.choice(("1MB/s", "5MB/s", "20MB/s")),
+        rate=rng.choice(("1MB/s", "5MB/s", "10MB/s")),
         mappings=500,
-        extra={"nvme": "blocks = 4096\nlatency_us = 200", "accelerator": 'memory = "2MiB"'},
+        extra={"nic": 'rate = "5MB/s"', "nvme": "blocks = 4096\nlatency_us = 1000", "accelerator": 'memory = "2MiB"'},
     )
