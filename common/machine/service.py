@@ -118,7 +118,12 @@ class MachineService:
                 self.session_id = ""
 
     def record(self, ownership: Ownership, session_id: str, peer: str, incarnation: int, *, judged: bool) -> None:
-        """Write a decision down, and act on it: a machine that is gone is not started again."""
+        """Write a decision down, and act on it: a machine that is gone is not started again.
+
+        RequestError EINVAL: a machine that has failed is not handed over.
+        """
+        if ownership is Ownership.COMMITTING and self.machine.state == "failed":
+            raise RequestError("EINVAL", f"the machine has failed: {self.machine.failure}")
         spec = self.machine.spec
         self.incarnation = incarnation or self.incarnation
         record.write(

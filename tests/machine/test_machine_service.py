@@ -110,6 +110,7 @@ class FakeMachine:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.state = "running"
+        self.failure = ""
         self.state_changes = StateChanges()
         self.spec = MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
         self.ram = GuestRam.create(64 << 20)
@@ -435,6 +436,13 @@ def test_a_machine_that_is_committed_here_does_not_end_with_the_daemon(rig: Rig)
     holder.record(Ownership.COMMITTED)
     rig.leave(holder)
     assert not rig.service.ended.is_set()
+
+
+def test_a_machine_that_has_failed_is_not_handed_over(rig: Rig) -> None:
+    rig.machine.state, rig.machine.failure = "failed", "nic0: it is gone"
+    with pytest.raises(RequestError, match="nic0: it is gone"):
+        rig.connect().record(Ownership.COMMITTING)
+    assert record.read(rig.record_path) is None and not rig.service.committed
 
 
 def test_decisions_are_on_disk_when_they_are_answered(rig: Rig) -> None:
