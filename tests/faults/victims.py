@@ -51,13 +51,9 @@ def _parent(pid: int) -> int:
 
 def kill(daemon: Daemon, what: str) -> None:
     """End a process as if it had crashed, and wait until it is no more."""
-    end(victim(daemon, what))
-
-
-def end(pid: int) -> None:
-    """Kill a process, and wait until it is no more."""
+    pid = victim(daemon, what)
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not _command(pid), f"process {pid} does not end")
+    wait_for(lambda: not _command(pid), f"the {what} does not end")
 
 
 def hang(daemon: Daemon, what: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -105,6 +105,19 @@ class Host:
         directory = Path(f"/proc/{self.daemon.process.pid}")
         return len(list((directory / "fd").iterdir())) + len(list((directory / "task").iterdir()))
 
+    def leaves_nothing(self, *, owner: bool) -> None:
+        """Fail if the daemon has more than when it was in this role first, or has said that it has a defect."""
+        usual = self.usual.setdefault(owner, self.kept())
+        eventually(
+            lambda: self.kept() <= usual + SLACK,
+            lambda: f"{self.name} has {self.kept()} descriptors and threads, and had {usual} at first",
+        )
+        runs = list((self.daemon.state_dir / "run").glob("*"))
+        assert len(runs) <= 1, runs
+        for log in self.logs():
+            said = log.read_text()
+            assert "Traceback" not in said and "defect" not in said, said[-4000:]
+
     def rss_mib(self) -> float:
         status = Path(f"/proc/{self.daemon.process.pid}/statm").read_text().split()
         return int(status[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
@@ -146,7 +159,7 @@ class Pair:
             assert (there, self.here.state()) != ("running", "running"), "both run it"
             return all(host.settled() for host in self.hosts)
 
-        wait_for(settled, f"it is not decided: {[host.daemon.look() for host in self.hosts]}", SETTLE)
+        eventually(settled, lambda: f"it is not decided: {[host.state() for host in self.hosts]}")
         states = [host.state() for host in (self.here, self.there)]
         if states[1] == "running" or (states[0] in ("", "moved") and states[1]):
             self.here, self.there = self.there, self.here
@@ -161,22 +174,13 @@ class Pair:
 
     def leaves_nothing(self) -> None:
         """Fail if there is more of anything than two daemons and one machine need, or something has a defect."""
-        wait_for(lambda: self.processes() == PROCESSES, f"processes: {self.rig.processes()}", SETTLE)
+        eventually(lambda: self.processes() == PROCESSES, lambda: f"processes: {self.rig.processes()}")
         self.memories = self.memories or self._memories()
-        wait_for(lambda: self._memories() == self.memories, f"of {self.memories} memories: {self._memories()}", SETTLE)
+        eventually(
+            lambda: self._memories() == self.memories, lambda: f"{self._memories()} memories, not {self.memories}"
+        )
         for host in self.hosts:
-            owner = host is self.here
-            usual = host.usual.setdefault(owner, host.kept())
-            wait_for(
-                lambda host=host, usual=usual: host.kept() <= usual + SLACK,  # type: ignore[misc]
-                f"{host.name} has {host.kept()} descriptors and threads, and had {usual} at first",
-                SETTLE,
-            )
-            runs = list((host.daemon.state_dir / "run").glob("*"))
-            assert len(runs) <= 1, runs
-            for log in host.logs():
-                said = log.read_text()
-                assert "Traceback" not in said and "defect" not in said, said[-4000:]
+            host.leaves_nothing(owner=host is self.here)
 
     def processes(self) -> dict[str, int]:
         """Return how many processes of each kind belong to it."""
@@ -198,18 +202,18 @@ class Pair:
                             found.add(entry.stat().st_ino)
         return len(found)
 
-    def stop(self, pid: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
-
-    def go_on(self, pid: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-
     def victim(self, role: str, what: str) -> int:
         """Return the process that is struck at the "source" or "destination", 0 if there is none now."""
         host = self.here if role == "source" else self.there
         return host.daemon.process.pid if what == "daemon" else find(host.daemon, what)
+
+
+def eventually(condition: Callable[[], bool], tell: Callable[[], str]) -> None:
+    """Wait until a condition holds; fail with what `tell` says then if it never does."""
+    try:
+        wait_for(condition, "never", SETTLE)
+    except AssertionError as failure:
+        raise AssertionError(f"{failure}: {tell()}") from None
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import signal
 import sys
@@ -26,7 +27,6 @@ from pair import Pair
 from steps import End, Step, machine, step
 from switchover.v1 import host_pb2
 from test_journey_localhost import goes_on
-from victims import end
 
 from common.rpc.errors import peer_error
 
@@ -95,6 +95,12 @@ def percentiles(values: Iterable[float]) -> dict[str, float]:
 
 def nothing() -> None:
     """Repair what needs no repair."""
+
+
+def tell(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended by now."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 class Soak:
@@ -192,11 +198,10 @@ class Soak:
                 if not pid:
                     return None
                 if how == "killed":
-                    with suppress(ProcessLookupError):
-                        end(pid)
+                    tell(pid, signal.SIGKILL)
                     return nothing
-                pair.stop(pid)
-                return lambda: pair.go_on(pid)
+                tell(pid, signal.SIGSTOP)
+                return lambda: tell(pid, signal.SIGCONT)
         raise AssertionError(step.fault)
 
     def _told(self, result: host_pb2.MigrationResult, became: End, *, moved: bool) -> None:
