@@ -911,6 +911,19 @@ def test_what_is_compared_later_was_read_before_the_start(rig: Rig) -> None:
     assert refused(lambda: verify(rig)).startswith("NOT_READ")
 
 
+def test_what_was_read_for_a_verdict_is_let_go_if_nobody_asks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival_module, "WATCH_SECONDS", 0.01)
+    rig.ready(verify=pb.VERIFY_MODE_DEFERRED)
+    rig.commit()
+    rig.settled()
+    (watch,) = (thread for thread in threading.enumerate() if thread.name == "watch")
+    monkeypatch.setattr(arrival_module, "IDLE_SECONDS", 0.0)
+    watch.join(10)
+    (verifier,) = FakeVerifier.made
+    assert not watch.is_alive() and verifier.calls == ["complete", "close"]
+    assert refused(lambda: verify(rig)).startswith("NOT_READ") and rig.state() == RUNNING
+
+
 def test_a_strict_verdict_is_of_a_machine_that_stands_still(rig: Rig) -> None:
     rig.ready(verify=pb.VERIFY_MODE_STRICT)
     rig.machine.refuses = {"take_over"}
