@@ -913,10 +913,11 @@ def test_what_is_compared_later_was_read_before_the_start(rig: Rig) -> None:
 
 def test_what_was_read_for_a_verdict_is_let_go_if_nobody_asks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrival_module, "WATCH_SECONDS", 0.01)
+    others = threading.enumerate()
     rig.ready(verify=pb.VERIFY_MODE_DEFERRED)
     rig.commit()
     rig.settled()
-    (watch,) = (thread for thread in threading.enumerate() if thread.name == "watch")
+    (watch,) = (thread for thread in threading.enumerate() if thread.name == "watch" and thread not in others)
     monkeypatch.setattr(arrival_module, "IDLE_SECONDS", 0.0)
     watch.join(10)
     (verifier,) = FakeVerifier.made
