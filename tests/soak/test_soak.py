@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soaking import soak
-from steps import FAULTS, POINTS, machine, step
+from steps import FAULTS, POINTS, Step, machine, step
 
 SEED = 1
 
@@ -22,10 +22,13 @@ def test_every_fault_strikes_at_points_and_between_them() -> None:
 
 
 def first(fault: str, point: str) -> int:
-    """Return the number of the first step in which this fault strikes there."""
-    return next(
-        number for number in range(100_000) if (step(SEED, number).fault, step(SEED, number).point) == (fault, point)
-    )
+    """Return the number of the first step in which this fault strikes there, and which takes little time."""
+
+    def fits(taken: Step) -> bool:
+        quick = taken.lasts <= 0.5 and taken.verify == "strict" and not taken.bandwidth_limit
+        return quick and (taken.fault, taken.point) == (fault, point)
+
+    return next(number for number in range(100_000) if fits(step(SEED, number)))
 
 
 def test_a_few_steps() -> None:
