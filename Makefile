@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
 
-.PHONY: help demo test test-matrix test-interop test-faults fuzz check proto proto-fresh mutation wheel bench clean
+.PHONY: help demo test test-matrix test-interop test-faults soak fuzz check proto proto-fresh mutation wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-matrix  run the long journeys and scenarios'
 	@echo 'make test-interop  run against other implementations, where they are installed (docs/vfio-user-extensions.md)'
 	@echo 'make test-faults  each component fails in each phase (SEED=1: devices and order)'
+	@echo 'make soak    machines go to and fro between two hosts while things break (SECONDS=60 SEED=any; the same seed replays)'
 	@echo 'make fuzz    feed decoders with spoilt inputs (SECONDS=60 SEED=any DECODERS=all)'
 	@echo 'make check   format, lint, types, proto freshness and lint, wheel in a clean environment'
 	@echo 'make bench   measure (benchmarks/)'
@@ -49,6 +50,11 @@ test-interop: $(VENV)/.installed
 
 test-faults: $(VENV)/.installed
 	@SEED=$(SEED) $(BIN)/python -m pytest -m 'matrix or not matrix' tests/faults $(ARGS)
+
+# The seed is printed, and with what fails the step of its plan; FIRST=N begins with step N. JSON=FILE takes the figures.
+soak: $(VENV)/.installed
+	@PYTHONPATH=tests/journeys:tests/faults $(BIN)/python tests/soak/soaking.py --seconds $(or $(SECONDS),60) \
+		$(if $(SEED),--seed $(SEED)) $(if $(FIRST),--first $(FIRST)) $(if $(JSON),--json $(JSON))
 
 # What fails is written to tests/data/fuzz, where `make test` finds it from then on; the same seed gives the same inputs.
 fuzz: $(VENV)/.installed

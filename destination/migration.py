@@ -46,6 +46,7 @@ from destination.verifier import Verifier, compare_devices
 __all__ = ["Arrival"]
 
 IDLE_SECONDS = 30.0
+WATCH_SECONDS = 1.0
 STREAM_SECONDS = 5.0
 # Most of a device that is read in the blackout for a deferred verdict, which is to be short.
 DEFERRED_BYTES = 64 << 20
@@ -266,6 +267,7 @@ class Arrival:
         reading = None
         if self._verify == Verify.VERIFY_MODE_DEFERRED and self._verifier is not None:
             reading = self._pool.submit(self._verifier.complete)
+        hooks.reach("destination.finish")
         self._machine.load(vcpu, configs, paused=request.paused)
         if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
             # After the devices have validated their state: what one of them wrote meanwhile is read too.
@@ -294,6 +296,7 @@ class Arrival:
         if self._verify == Verify.VERIFY_MODE_STRICT:
             self._expect(handover.READY)
             self._device_digests = self._digest_devices()
+        self._active_at = time.monotonic()
         self._reading.result()
         try:
             strict = self._verify == Verify.VERIFY_MODE_STRICT
@@ -516,10 +519,18 @@ class Arrival:
                 _log.error("arrival not revoked", message=str(error))
 
     def _watch(self) -> None:
-        """Revoke a session that the source has forgotten: nothing is lost, for it is still the owner."""
+        """Revoke a session that the source has forgotten: nothing is lost, for it is still the owner.
+
+        After COMMIT let go of what is kept for a verdict that nobody asks for any more.
+        """
         enter_session(self.session_id)
-        while self.state in (handover.PREPARING, handover.READY):
-            time.sleep(1.0)
+        while self._verifier is not None or self.state in (handover.PREPARING, handover.READY):
+            time.sleep(WATCH_SECONDS)
             patience = self._reconnect_s + NOTICE_SECONDS if self._broken else IDLE_SECONDS
-            if not self._streams and time.monotonic() - self._active_at > patience:
+            if self._streams or time.monotonic() - self._active_at <= patience:
+                continue
+            if self.state in (handover.PREPARING, handover.READY):
                 self.lose("nothing was heard of the source")
+            elif self.state == handover.RUNNING:
+                _log.warning("memory is not compared: nothing was heard of the source")
+                self._let_go()

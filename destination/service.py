@@ -104,6 +104,9 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         except BaseException as error:
             arrival.revoke(f"it could not be prepared: {error}")
             raise
+        if not context.is_active():
+            # It has cancelled, or has gone, while the machine was built: it will not come back for this session.
+            arrival.revoke("the source has not waited for it")
         prepared.protocol_version = version
         prepared.features.extend(features)
         return prepared

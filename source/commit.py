@@ -21,13 +21,14 @@ from common.host.host import Host
 from common.ipc.channel import ClosedError, RequestError
 from common.logs import enter_session
 from common.machine import record
+from common.machine.client import MachineClient
 from common.machine.record import Ownership, Record
 from common.rpc.channel import open_channel
 from common.rpc.errors import peer_error
 from source import handover
 from source.handover import Event
 
-__all__ = ["Handover", "NotStartedError", "ResolvedError", "RevokedError", "Settling", "UndecidedError"]
+__all__ = ["Handover", "NotStartedError", "ResolvedError", "RevokedError", "Settling", "UndecidedError", "write_down"]
 
 CALL_SECONDS = 20.0
 RETRY_SECONDS = 1.0
@@ -61,6 +62,29 @@ class _DeclaredError(Exception):
     def __init__(self, event: Event) -> None:
         super().__init__(event.value)
         self.event = event
+
+
+def write_down(host: Host, machine: MachineClient | None, decided: Record) -> None:
+    """Record a decision, by the machine, which acts on it.
+
+    What the destination or an operator has decided is true of a machine whose process has ended as well. Only to begin
+    with a handover there must be a machine: else raise ClosedError.
+    """
+    if machine is not None:
+        try:
+            machine.record(
+                decided.ownership,
+                session_id=decided.session_id,
+                peer=decided.peer,
+                incarnation=decided.incarnation,
+                judged=decided.judged,
+            )
+        except ClosedError:
+            if decided.ownership is Ownership.COMMITTING:
+                raise
+        else:
+            return
+    record.write(host.record_path, decided)
 
 
 class Handover:
@@ -238,24 +262,14 @@ class Settling:
             self._host.end_migration()
 
     def _record(self, event: Event) -> None:
-        """Record what was decided; a machine that stays here goes on."""
+        """Record what was decided; a machine that stays here goes on, unless its process has ended."""
         known, machine = self._known, self._host.machine
         ownership = handover.after(Ownership.COMMITTING, event)
         incarnation = handover.incarnation_after(event, known.incarnation)
-        if machine is not None:
+        write_down(self._host, machine, replace(known, ownership=ownership, incarnation=incarnation))
+        if machine is not None and ownership is Ownership.OWNER:
             with suppress(ClosedError):
-                machine.record(
-                    ownership,
-                    session_id=known.session_id,
-                    peer=known.peer,
-                    incarnation=incarnation,
-                    judged=known.judged,
-                )
-                if ownership is Ownership.OWNER:
-                    machine.end()
-                return
-        # Its process has ended. If it is not the destination's, then it was switched off here.
-        record.write(self._host.record_path, replace(known, ownership=ownership, incarnation=incarnation))
+                machine.end()
 
     def end(self) -> None:
         """Do not wait any longer; the next daemon goes on asking."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,7 +36,7 @@ from common.rpc.errors import PeerError, peer_error
 from source import handover
 from source.account import Account
 from source.clock import guest_gap_ms, measure
-from source.commit import Handover, ResolvedError, RevokedError
+from source.commit import Handover, ResolvedError, RevokedError, write_down
 from source.counterparts import check_counterparts
 from source.failures import CancelledError, NotConvergedError, explain
 from source.grpc_lane import GrpcLane
@@ -440,14 +441,17 @@ class Migration:
 
     def _decide(self, event: handover.Event) -> None:
         state = handover.after(self._ownership, event)
-        judged = self._request.verify != Verify.VERIFY_MODE_DEFERRED
-        self._machine.record(
-            state,
+        known = self._host.record()
+        assert known is not None
+        decided = replace(
+            known,
+            ownership=state,
             session_id=self.session_id,
             peer=self._address,
             incarnation=handover.incarnation_after(event, self._incarnation - 1),
-            judged=judged,
+            judged=self._request.verify != Verify.VERIFY_MODE_DEFERRED,
         )
+        write_down(self._host, self._machine, decided)
         self._ownership = state
         self._account.result.owner = OWNERS[state]
 

@@ -172,6 +172,7 @@ class EmulatedDevice(ABC):
 
     def dma_map(self, iova: int, size: int, flags: int, offset: int, fd: int | None) -> None:
         """Map memory for DMA (see `Mappings.add`); `flags`: DMA_READABLE, DMA_WRITABLE."""
+        self._faults.reach("fail_map")
         readable, writable = bool(flags & DMA_READABLE), bool(flags & DMA_WRITABLE)
         with self._engine.lock:
             self._mappings.add(iova, size, readable=readable, writable=writable, fd=fd, offset=offset)
@@ -182,6 +183,7 @@ class EmulatedDevice(ABC):
         With `page_size` return what the logs that run have of the range, and clear it; OSError as `Mappings.remove` and
         `DirtyLog.report`, with nothing unmapped. An IOMMU keeps its bits in the page table: they go with the mapping.
         """
+        self._faults.reach("fail_unmap")
         with self._engine.lock if hooks.guarded("mark-after-unmap") else nullcontext():
             self._mappings.check(iova, size)
             bitmap = None
@@ -207,6 +209,7 @@ class EmulatedDevice(ABC):
 
     def logging_stop(self) -> None:
         """Stop the log and lose what it has."""
+        self._faults.reach("fail_logging_stop")
         with self._engine.lock:
             self._log.stop()
 

@@ -16,7 +16,8 @@ __all__ = ["Knobs", "OneTimeFaults", "parse"]
 
 _LEGAL_FLAGS = (0, 1, 3, 5, 7)
 _FAIL = "fail:"
-_CALLS = ("logging_start", "logging_report", "precopy_info", "data_size", "read", "write", "reset")
+_LOGGING = ("logging_start", "logging_report", "logging_stop")
+_CALLS = (*_LOGGING, "precopy_info", "data_size", "read", "write", "reset", "map", "unmap")
 _FAULTS = {"unlogged", "fail_load", *(f"fail_{call}" for call in _CALLS)}
 
 
@@ -28,8 +29,9 @@ class Knobs:
     `log_max_bits`, `log_max_ranges`, `log_page_sizes` (bytes): limits of the DMA log. `load_delay_ms`: what leaving
     RESUMING takes longer than it must. `faults`: "unlogged" (the device forgets to log its DMA), "fail_load" (refuses
     once what it is given to load), "fail:STATE" (fails once, with EIO, to enter that state), and "fail_CALL" (fails
-    once, with EIO): "logging_start", "logging_report", "precopy_info", "data_size" (the length of STOP_COPY's data),
-    "read" and "write" (of migration data), "reset". `trace`: keeps a journal of its writes.
+    once, with EIO): "logging_start", "logging_report", "logging_stop", "precopy_info", "data_size" (the length of
+    STOP_COPY's data), "read" and "write" (of migration data), "reset", "map" and "unmap" (of DMA). `trace`: keeps a
+    journal of its writes.
     """
 
     KIND_FLAGS: ClassVar[MigrationFlags] = MigrationFlags(0)

@@ -1,10 +1,11 @@
-"""The machine process: python -m common.machine --directory DIR --record FILE --incarnation N [--incoming]."""
+"""The machine process: python -m common.machine, started by a daemon (common.machine.launch)."""
 
 from __future__ import annotations
 
 import argparse
 import resource
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--incarnation", type=int, required=True)
+    parser.add_argument("--connection", type=int, required=True, help="descriptor: whoever has started it asks there")
     parser.add_argument("--incoming", action="store_true")
     arguments = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -39,7 +41,7 @@ def main() -> int:
     service = MachineService(machine, arguments.directory, arguments.record, arguments.incarnation)
     configure_logs(session=lambda: service.session_id)
     signal.signal(signal.SIGTERM, lambda *_: service.ended.set())
-    service.run()
+    service.run(socket.socket(fileno=arguments.connection))
     machine.close()
     return 0
 

@@ -39,7 +39,8 @@ FOREIGN = "vfio-user"
 MAX_SOCKET_PATH = 107  # bytes of a unix socket's name (kernel: UNIX_PATH_MAX)
 
 _FAULT = re.compile(
-    r"unlogged|fail_(load|logging_start|logging_report|precopy_info|data_size|read|write|reset)|fail:[A-Z0-9_]{1,32}",
+    r"unlogged|fail_(load|logging_start|logging_report|logging_stop|precopy_info|data_size|read|write|reset|map|unmap)"
+    r"|fail:[A-Z0-9_]{1,32}",
     re.ASCII,
 )
 

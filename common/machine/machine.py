@@ -51,7 +51,6 @@ class Machine:
         """Build it, standing still: empty if `incoming`, else with its image in RAM."""
         self.spec = spec
         self.state = "incoming" if incoming else "paused"
-        self.arrives = incoming  # until it was committed to this host
         self.failure = ""
         # Held by whoever pauses, resumes, or ends a migration. The vCPUs answer a pause when their traps are answered,
         # so a trap must never wait for it; it takes only `states`.

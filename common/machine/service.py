@@ -1,8 +1,8 @@
 """The machine's unix socket: daemons ask, the machine does.
 
 Each connection has a thread, so bulk device data never keeps an operator waiting. The connection that began a migration
-holds it: when that goes before a COMMIT was recorded, the attempt ends here, and the machine runs on (or, if it was
-still arriving, ends).
+holds it: when that goes before a COMMIT was recorded, the attempt ends here, and the machine runs on. A machine of
+which nothing is recorded yet would be found by nobody: it ends with the connection of the daemon that has started it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MachineService:
         self.ended = threading.Event()
         self.leaving: Leaving | None = None
         self.arriving = Arriving(machine)
-        self.committed = False
+        self.recorded = self.committed = False
         self.incarnation = incarnation
         self.session_id = ""  # of the migration that runs
         self._state_before = machine.state
@@ -53,8 +53,8 @@ class MachineService:
         self._record_path = record_path
         self._lock = threading.Lock()
 
-    def run(self) -> None:
-        """Listen until the machine ends."""
+    def run(self, first: socket.socket) -> None:
+        """Serve the connection that there is, and those that come, until the machine ends."""
         path = self._directory / SOCKET
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Whoever sees the socket can connect to it: it gets its name when it listens already.
@@ -63,6 +63,7 @@ class MachineService:
         unlisted.chmod(0o600)
         listener.listen()
         unlisted.rename(path)
+        threading.Thread(target=self._serve, args=(first,), kwargs={"first": True}, daemon=True).start()
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         # A signal may come to another thread, and nothing wakes this one for its handler (common/signals.py).
         while not self.ended.wait(SIGNAL_SECONDS):
@@ -74,7 +75,7 @@ class MachineService:
             sock, _ = listener.accept()
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock: socket.socket, *, first: bool = False) -> None:
         connection = _Connection(self)
         try:
             serve(sock, connection.handlers())
@@ -84,7 +85,7 @@ class MachineService:
             _log.exception("defect")
         finally:
             sock.close()
-            if connection.holds_migration:
+            if connection.holds_migration or (first and not self.recorded):
                 self.release()
 
     def begin(self, session_id: str) -> bool:
@@ -102,11 +103,11 @@ class MachineService:
             return self.leaving.running
 
     def release(self) -> None:
-        """End the migration whose holder has gone, unless it was committed."""
+        """End the migration whose holder has gone, unless it was committed; or a machine that nobody would find."""
         with self._lock:
             if self.committed:
                 return
-            if self.machine.arrives:
+            if not self.recorded:
                 self.ended.set()
             elif self.leaving is not None:
                 leaving, self.leaving = self.leaving, None
@@ -117,7 +118,12 @@ class MachineService:
                 self.session_id = ""
 
     def record(self, ownership: Ownership, session_id: str, peer: str, incarnation: int, *, judged: bool) -> None:
-        """Write a decision down, and act on it: a machine that is gone is not started again."""
+        """Write a decision down, and act on it: a machine that is gone is not started again.
+
+        RequestError EINVAL: a machine that has failed is not handed over.
+        """
+        if ownership is Ownership.COMMITTING and self.machine.state == "failed":
+            raise RequestError("EINVAL", f"the machine has failed: {self.machine.failure}")
         spec = self.machine.spec
         self.incarnation = incarnation or self.incarnation
         record.write(
@@ -133,10 +139,9 @@ class MachineService:
                 judged=judged,
             ),
         )
-        self.committed = ownership is not Ownership.OWNER
+        self.recorded, self.committed = True, ownership is not Ownership.OWNER
         if ownership is Ownership.OWNER and self.leaving is None:
             self.session_id = ""
-        self.machine.arrives = False
         if ownership is Ownership.COMMITTING:
             self._state_before, self.machine.state = self.machine.state, "handing over"
         elif ownership is Ownership.GONE:

@@ -165,7 +165,7 @@ class Rig:
         self.launches += 1
         return self.machine
 
-    def prepare(self, **changes: Any) -> pb.PrepareResponse:
+    def prepare(self, *, waited: bool = True, **changes: Any) -> pb.PrepareResponse:
         members: dict[str, Any] = {
             "session_id": SESSION,
             "protocol_version": 1,
@@ -176,7 +176,8 @@ class Rig:
             "verify": pb.VERIFY_MODE_OFF,
             "lane_kind": self.lane_kind,
         }
-        self.answer = self.servicer.Prepare(pb.PrepareRequest(**members | changes), CONTEXT)
+        context = self.context(active=waited)
+        self.answer = self.servicer.Prepare(pb.PrepareRequest(**members | changes), context)
         return self.answer
 
     def context(self, *, active: bool = True, **metadata: str) -> grpc.ServicerContext:
@@ -326,6 +327,12 @@ def test_prepare_builds_a_machine_that_waits(rig: Rig) -> None:
     assert answer.protocol_version == 1 and rig.state() == PREPARING and rig.host.migrating
     assert rig.machine.notes == [("begin", SESSION), ("enter_resuming",)]
     assert rig.machine.memory.allocated_bytes == 11 * PAGE_SIZE
+
+
+def test_a_source_that_has_not_waited_for_prepare_leaves_nothing_behind(rig: Rig) -> None:
+    rig.prepare(waited=False)
+    assert rig.state() == REVOKED and not rig.host.migrating
+    assert rig.machine.did("shutdown")
 
 
 @pytest.mark.parametrize(
@@ -902,6 +909,20 @@ def test_what_is_compared_later_was_read_before_the_start(rig: Rig) -> None:
     # No pages: the machine has changed them since. And RAM is let go once nobody compares it any more.
     assert verifier.early and verifier.calls == ["complete", "compare False", "close"]
     assert refused(lambda: verify(rig)).startswith("NOT_READ")
+
+
+def test_what_was_read_for_a_verdict_is_let_go_if_nobody_asks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival_module, "WATCH_SECONDS", 0.01)
+    others = threading.enumerate()
+    rig.ready(verify=pb.VERIFY_MODE_DEFERRED)
+    rig.commit()
+    rig.settled()
+    (watch,) = (thread for thread in threading.enumerate() if thread.name == "watch" and thread not in others)
+    monkeypatch.setattr(arrival_module, "IDLE_SECONDS", 0.0)
+    watch.join(10)
+    (verifier,) = FakeVerifier.made
+    assert not watch.is_alive() and verifier.calls == ["complete", "close"]
+    assert refused(lambda: verify(rig)).startswith("NOT_READ") and rig.state() == RUNNING
 
 
 def test_a_strict_verdict_is_of_a_machine_that_stands_still(rig: Rig) -> None:

@@ -65,7 +65,7 @@ FAULTS = {
     "destination machine killed": {
         **dict.fromkeys(("round 0", "sync", "paused", "stopped", "handover"), End.STAYS),
         "committing": End.REVOKED,
-        "committed": End.FAILED_THERE,
+        "committed": End.REVOKED,  # nothing of it has run there
     },
     "destination device hung": dict.fromkeys(("round 0", "stopped"), End.STAYS),
     "source device hung": {"stopped": End.FAILED_HERE},

@@ -12,16 +12,17 @@ from rig import Daemon, wait_for
 
 
 def victim(daemon: Daemon, what: str) -> int:
-    """Return the process of a daemon's machine that is its "machine", "vCPU", or "device"."""
-    machine = wait_for(lambda: _machine_of(daemon), "there is no machine process")
-    if what == "machine":
+    """Return the process of a daemon's machine that is its "machine", "vCPU" or a "device"; wait until there is one."""
+    return wait_for(lambda: find(daemon, what), f"there is no process of a {what}")
+
+
+def find(daemon: Daemon, what: str) -> int:
+    """Return that process, 0 if there is none now; a device may also be said by its kind."""
+    machine = _machine_of(daemon)
+    if what == "machine" or not machine:
         return machine
-    module = {"vCPU": "common.guest", "device": "common.devices"}[what]
-
-    def find() -> int:
-        return next((pid for pid in _pids() if _parent(pid) == machine and module in _command(pid)), 0)
-
-    return wait_for(find, f"there is no process of a {what}")
+    part = {"vCPU": "common.guest", "device": "common.devices"}.get(what, f"common.devices {what}")
+    return next((pid for pid in _pids() if _parent(pid) == machine and part in _command(pid)), 0)
 
 
 def _machine_of(daemon: Daemon) -> int:

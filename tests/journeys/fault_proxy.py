@@ -26,8 +26,8 @@ class FaultProxy:
     has kept is passed on afterwards, even if the other side has hung up meanwhile, as a network may do.
     """
 
-    def __init__(self, target: str, at: int = 0) -> None:
-        """Listen at port `at` of 127.0.0.1, 0: any."""
+    def __init__(self, target: str, at: int = 0, on: str = "127.0.0.1") -> None:
+        """Listen at port `at`, 0: any, of the address `on`."""
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
         self._connections: set[_Connection] = set()
@@ -38,8 +38,8 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._flows = asyncio.Event()
         self._flows.set()
-        self._listener = socket.create_server(("127.0.0.1", at), backlog=128)
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((on, at), backlog=128)
+        self.address = f"{on}:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
         self._thread.start()
         self._server: asyncio.Server = asyncio.run_coroutine_threadsafe(

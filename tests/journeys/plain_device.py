@@ -4,23 +4,26 @@ usage: python plain_device.py KIND SOCKET [OPTION …]
 
 It has none of our extensions; answers MIG_DATA_READ with what there is and no padding, 60 000 bytes at the most; REPORT
 takes exactly a mapping, at the page size of START. Options: `messages` (memory that is mapped is not used: DMA comes as
-messages), `no-unmap-bitmap` (DMA_UNMAP with a bitmap is refused), `FLAGS` (a number: the migration flags),
-`KNOB=NUMBER`.
+messages), `no-unmap-bitmap` (DMA_UNMAP with a bitmap is refused), `shrinking-bars` (its BARs can be mapped, and their
+files are cut off as soon as somebody may have done so), `FLAGS` (a number: the migration flags), `KNOB=NUMBER`.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from common.devices.__main__ import build
 from common.vfio_user.codec import DmaMap, DmaUnmap, MigData, Version
+from common.vfio_user.description import RegionFlags, RegionInfo
 from common.vfio_user.server import VfioUserServer, listen
 from common.vfio_user.transport import Message
 
 SHORT = 60_000
+BARS = 6
 
 
 class PlainServer(VfioUserServer):
@@ -39,6 +42,8 @@ class PlainServer(VfioUserServer):
     def _dma_map(self, command: Message):  # type: ignore[no-untyped-def]
         request = DmaMap.unpack(command.body)
         mapped[request.iova] = request.size
+        for fd in files:
+            os.ftruncate(fd, 0)
         if "messages" in self.options:
             command.close_fds()
         return super()._dma_map(command)
@@ -52,6 +57,15 @@ class PlainServer(VfioUserServer):
 
 
 mapped: dict[int, int] = {}
+files: list[int] = []
+
+
+def mappable(region: RegionInfo) -> RegionInfo:
+    if region.index >= BARS or not region.size:
+        return region
+    files.append(os.memfd_create("bar"))
+    os.ftruncate(files[-1], region.size)
+    return replace(region, flags=region.flags | RegionFlags.MMAP, fd=files[-1])
 
 
 def main(kind: str, path: Path, options: frozenset[str]) -> None:
@@ -71,6 +85,8 @@ def main(kind: str, path: Path, options: frozenset[str]) -> None:
 
     device.logging_start = start  # type: ignore[method-assign]
     device.logging_report = report  # type: ignore[method-assign]
+    if "shrinking-bars" in options:
+        device.regions = [mappable(region) for region in device.regions]
     PlainServer.options = options
     with listen(path) as listener:
         sock, _ = listener.accept()

@@ -52,6 +52,7 @@ def started(rig: Rig, kind: str, *options: str, lines: str = "", driver: str = "
         pytest.param("nvme", ("messages",), "", "enabled = false", marks=pytest.mark.matrix),
         pytest.param("accelerator", (), 'pre_copy = "on"', "", marks=pytest.mark.matrix),
         pytest.param("nvme", ("1",), "", "", marks=pytest.mark.matrix),
+        pytest.param("accelerator", ("shrinking-bars",), "", "", marks=pytest.mark.matrix),
     ],
 )
 def test_a_device_of_others_moves_and_comes_back(

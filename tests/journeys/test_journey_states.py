@@ -15,7 +15,7 @@ import grpc
 import pytest
 from google.protobuf import json_format
 from rig import Daemon, Rig, assert_completed, machine_toml, wait_for
-from switchover.v1 import host_pb2
+from switchover.v1 import host_pb2, migration_pb2
 from test_journey_localhost import goes_on
 
 from common.rpc.errors import peer_error
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.matrix
 
 ALL_AT_ONCE = 60_000.0  # a downtime, in ms, that accepts whatever is left
 DEVICES = ("nic", "nvme", "accelerator")
+DEFERRED = migration_pb2.VERIFY_MODE_DEFERRED
 
 
 def pause(daemon: Daemon) -> None:
@@ -211,10 +212,16 @@ EIO, EINVAL = "Input/output error", "Invalid argument"
         ("source.precopy", "nic0.fail:STOP_COPY", f"nic0: set state STOP_COPY: {EIO}"),
         ("source.precopy", "nvme0.fail:STOP_COPY", f"nvme0: set state STOP_COPY: {EIO}"),
         ("source.precopy", "nvme0.fail_read", f"nvme0: MIG_DATA_READ size 0x[0-9a-f]+: {EIO}"),
+        ("source.stopped", "nic0.fail_logging_report", f".*nic0: cannot get the DMA log of .*: {EIO}"),
         ("source.stopped", "nic0.fail:STOP", f"nic0: set state STOP: {EIO}"),
         ("source.setup", "nic0.fail:RESUMING", f".*nic0: set state RESUMING: {EIO}"),
         ("source.precopy", "nic0.fail_write", f".*nic0: MIG_DATA_WRITE size 0x[0-9a-f]+: {EIO}"),
+        ("source.stopped", "nvme0.fail_write", f".*nvme0: MIG_DATA_WRITE size 0x[0-9a-f]+: {EIO}"),
         ("source.precopy", "nvme0.fail_load", f".*nvme0: set state STOP: {EINVAL}; it was reset"),
+        ("destination.finish", "nic0.fail:STOP", f".*nic0: set state STOP: {EIO}; it was reset"),
+        # What is read to compare the devices, at the source first.
+        ("destination.finish", "nic0.fail:STOP_COPY", f"nic0: set state STOP_COPY: {EIO}"),
+        ("destination.finish", "nic0.fail_read", f"nic0: MIG_DATA_READ size 0x[0-9a-f]+: {EIO}"),
     ],
 )
 def test_a_request_fails(hosts: Hosts, point: str, request_: str, told: str) -> None:
@@ -229,15 +236,43 @@ def test_a_request_fails(hosts: Hosts, point: str, request_: str, told: str) -> 
     hosts.is_as_before()
 
 
-@pytest.mark.parametrize("state", ["RUNNING_P2P", "RUNNING"])
-def test_a_device_that_goes_on_at_the_second_attempt(hosts: Hosts, state: str) -> None:
+@pytest.mark.parametrize("request_", ["nvme0.fail:RUNNING_P2P", "nvme0.fail:RUNNING", "nic0.fail_logging_stop"])
+def test_a_device_that_goes_on_at_the_second_attempt(hosts: Hosts, request_: str) -> None:
     with hosts.rig.held("source.stopped") as arrived:
         session = hosts.here.begin(hosts.there.address, max_downtime_ms=ALL_AT_ONCE)
         arrived()
-        hosts.fail(f"nvme0.fail:{state}")
+        hosts.fail(request_)
         hosts.here.stub.Cancel(host_pb2.CancelRequest(session_id=session), timeout=20)
     assert hosts.here.follow(session).result == "cancelled"
     assert hosts.failed()
+    hosts.is_as_before()
+
+
+@pytest.mark.parametrize("request_", ["nic0.fail:RUNNING_P2P", "nvme0.fail:RUNNING"])
+def test_a_device_that_starts_there_at_the_second_attempt(hosts: Hosts, request_: str) -> None:
+    with hosts.rig.held("destination.committed") as arrived:
+        session = hosts.here.begin(hosts.there.address, max_downtime_ms=ALL_AT_ONCE)
+        arrived()
+        hosts.fail(request_)
+    assert_completed(hosts.here.follow(session))
+    assert hosts.failed()
+    hosts.here, hosts.there = hosts.there, hosts.here
+    hosts.counters = goes_on(hosts.here, hosts.counters)
+
+
+def test_a_device_that_cannot_be_compared_any_more(hosts: Hosts) -> None:
+    """It runs there already; nobody knows whether it is the same, so its copy is kept until somebody drops it."""
+    with hosts.rig.held("destination.committed") as arrived:
+        session = hosts.here.begin(hosts.there.address, verify=DEFERRED, max_downtime_ms=ALL_AT_ONCE)
+        arrived()
+        hosts.fail("nic0.fail_read")
+    result = hosts.here.follow(session)
+    assert hosts.failed()
+    assert (result.result, result.owner, result.verified) == ("failed", "destination", "false"), result
+    assert re.fullmatch(f"nic0: MIG_DATA_READ size 0x[0-9a-f]+: {EIO}", result.error)
+    assert hosts.here.look().machine.state == "moved"
+    hosts.here.stub.Forget(host_pb2.ForgetRequest(), timeout=20)
+    hosts.here, hosts.there = hosts.there, hosts.here
     hosts.is_as_before()
 
 
@@ -259,6 +294,79 @@ def test_a_machine_that_cannot_be_paused_runs_on(hosts: Hosts) -> None:
         pause(hosts.here)
     assert f"nic0: set state STOP: {EIO}" in str(peer_error(caught.value))
     hosts.is_as_before()
+
+
+@pytest.mark.parametrize("request_", ["nic0.fail_reset", "nic0.fail:RESUMING"])
+def test_a_state_that_cannot_begin_again_there(hosts: Hosts, request_: str) -> None:
+    with hosts.rig.held("source.sync0") as arrived:
+        session = hosts.here.begin(hosts.there.address, max_downtime_ms=ALL_AT_ONCE)
+        arrived()
+        pause(hosts.here)
+        hosts.fail(request_)
+        resume(hosts.here)
+        wait_for(hosts.failed, "it does not begin again")
+    result = hosts.here.follow(session)
+    assert (result.result, result.reason) == ("failed", "CANNOT_LOAD"), result
+    hosts.is_as_before()
+
+
+MAPPING = """
+[[guest]]
+program = "clock"
+[[guest]]
+program = "mapper"
+device = "nic0"
+mappings = 200
+changes = 1000
+"""
+
+
+def mapper_machine(image: Path) -> str:
+    return machine_toml(image=image, devices=("nic",), drivers=False, guest=MAPPING)
+
+
+def changes(daemon: Daemon) -> int:
+    return next(p.counters["changes"] for p in daemon.look().machine.programs if p.name == "mapper0")
+
+
+@pytest.mark.parametrize("call", ["map", "unmap"])
+def test_a_mapping_fails_while_its_machine_leaves(rig: Rig, image: Path, call: str) -> None:
+    """The guest is told, as at any time; what the device may still write is sent, and there it has nothing left."""
+    source = rig.start("source", mapper_machine(image))
+    destination = rig.start("destination")
+    goes_on(source)
+    with rig.held("source.sync0") as arrived:
+        session = source.begin(destination.address, max_downtime_ms=ALL_AT_ONCE)
+        arrived()
+        fault = rig.hooks / f"nic0.fail_{call}.fails"
+        fault.touch()
+        wait_for(lambda: not fault.exists(), "nothing is mapped")
+    assert_completed(source.follow(session))
+    (error, *_) = next(p.errors for p in destination.look().machine.programs if p.name == "mapper0")
+    assert f"nic0: cannot {call} IOVA" in error and EIO in error
+    assert destination.look().machine.state == "running"
+
+
+@pytest.mark.parametrize(("point", "call"), [("source.setup", "map"), ("source.sync0", "unmap")])
+def test_a_mapping_fails_there(rig: Rig, image: Path, point: str, call: str) -> None:
+    source = rig.start("source", mapper_machine(image))
+    destination = rig.start("destination")
+    before = goes_on(source)
+    with rig.held(point) as arrived:
+        session = source.begin(destination.address, max_downtime_ms=ALL_AT_ONCE)
+        arrived()
+        changed = changes(source)
+        wait_for(lambda: changes(source) > changed, "nothing is mapped")
+        pause(source)  # whoever maps or unmaps now is the destination
+        (rig.hooks / f"nic0.fail_{call}.fails").touch()
+    result = source.follow(session)
+    assert (result.result, result.reason, result.owner) == ("failed", "CANNOT_LOAD", "source"), result
+    assert re.search(f"nic0: cannot {call} IOVA .* \\(DMA_{call.upper()}\\): {EIO}", result.error), result.error
+    resume(source)
+    before = goes_on(source, before)
+    wait_for(lambda: not destination.look().migrating, "the destination has not let go")
+    assert_completed(source.migrate(destination.address))
+    goes_on(destination, before)
 
 
 def test_a_device_that_cannot_be_reset_is_the_machines_end(rig: Rig, image: Path) -> None:

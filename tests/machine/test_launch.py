@@ -52,8 +52,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Process]
         )
         fake = SimpleNamespace(Popen=process, DEVNULL=subprocess.DEVNULL)
         monkeypatch.setattr(launch_module, "subprocess", fake)
-        monkeypatch.setattr(MachineClient, "connect", lambda directory: MachineClient(directory, None))  # type: ignore[arg-type]  # nobody calls
-        return launch(SPEC, tmp_path, tmp_path / "record.json", incarnation=4, **options)
+        machine = launch(SPEC, tmp_path, tmp_path / "record.json", incarnation=4, **options)
+        machine.close()
+        return machine
 
     return run
 
@@ -62,9 +63,10 @@ def test_a_machine_comes_up(tmp_path: Path, start: Callable[..., MachineClient])
     process = Process(tmp_path, "", comes_up=True)
     assert start(process, incoming=True).directory == tmp_path
     assert from_json((tmp_path / "machine.json").read_bytes()) == SPEC
+    (connection,) = process.options["pass_fds"]
     assert process.arguments[1:] == [
-        *("-P", "-m", "common.machine", "--directory", str(tmp_path)),
-        *("--record", str(tmp_path / "record.json"), "--incarnation", "4", "--incoming"),
+        *("-P", "-m", "common.machine", "--directory", str(tmp_path), "--record", str(tmp_path / "record.json")),
+        *("--incarnation", "4", "--connection", str(connection), "--incoming"),
     ]
     # It outlives the daemon, and Ctrl-C in the daemon's terminal is not for it.
     assert process.options["start_new_session"] and process.options["stdin"] is subprocess.DEVNULL

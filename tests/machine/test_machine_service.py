@@ -110,7 +110,7 @@ class FakeMachine:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.state = "running"
-        self.arrives = False
+        self.failure = ""
         self.state_changes = StateChanges()
         self.spec = MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
         self.ram = GuestRam.create(64 << 20)
@@ -169,13 +169,14 @@ class Rig:
         self.machine = FakeMachine()
         self.record_path = directory / "record.json"
         self.service = MachineService(cast("Machine", self.machine), directory, self.record_path, 3)
+        self.service.recorded = True
         self.directory = directory
         self.threads: list[threading.Thread] = []
         self.clients: list[MachineClient] = []
 
-    def connect(self) -> MachineClient:
+    def connect(self, *, first: bool = False) -> MachineClient:
         ours, theirs = socket.socketpair()
-        thread = threading.Thread(target=self.service._serve, args=(theirs,))
+        thread = threading.Thread(target=self.service._serve, args=(theirs,), kwargs={"first": first})
         thread.start()
         self.threads.append(thread)
         self.clients.append(MachineClient(self.directory, Client(ours)))
@@ -290,7 +291,7 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
 
 
 def test_what_arrives_reaches_the_machine_as_it_is(rig: Rig) -> None:
-    rig.machine.state, rig.machine.arrives = "incoming", True
+    rig.machine.state, rig.service.recorded = "incoming", False
     client = rig.connect()
     assert client.begin("5e55") is False
     client.enter_resuming()
@@ -403,8 +404,25 @@ def test_changes_of_states_are_told_to_who_asks(rig: Rig) -> None:
     assert client.state_changes(last)[1] == [("nic0", "PRE_COPY")]
 
 
+def test_a_machine_of_which_nothing_is_recorded_ends_with_the_daemon_that_has_started_it(rig: Rig) -> None:
+    rig.service.recorded = False
+    starter, other = rig.connect(first=True), rig.connect()
+    rig.leave(other)
+    assert not rig.service.ended.is_set()
+    rig.leave(starter)
+    assert rig.service.ended.is_set()
+
+
+def test_a_machine_that_is_recorded_does_not_end_with_the_daemon(rig: Rig) -> None:
+    rig.service.recorded = False
+    starter = rig.connect(first=True)
+    starter.record(Ownership.OWNER)
+    rig.leave(starter)
+    assert not rig.service.ended.is_set()
+
+
 def test_a_machine_that_was_arriving_ends_with_its_daemon(rig: Rig) -> None:
-    rig.machine.state, rig.machine.arrives = "incoming", True
+    rig.machine.state, rig.service.recorded = "incoming", False
     holder = rig.connect()
     holder.begin("5e55")
     rig.leave(holder)
@@ -412,12 +430,19 @@ def test_a_machine_that_was_arriving_ends_with_its_daemon(rig: Rig) -> None:
 
 
 def test_a_machine_that_is_committed_here_does_not_end_with_the_daemon(rig: Rig) -> None:
-    rig.machine.state, rig.machine.arrives = "incoming", True
+    rig.machine.state, rig.service.recorded = "incoming", False
     holder = rig.connect()
     holder.begin("5e55")
     holder.record(Ownership.COMMITTED)
     rig.leave(holder)
     assert not rig.service.ended.is_set()
+
+
+def test_a_machine_that_has_failed_is_not_handed_over(rig: Rig) -> None:
+    rig.machine.state, rig.machine.failure = "failed", "nic0: it is gone"
+    with pytest.raises(RequestError, match="nic0: it is gone"):
+        rig.connect().record(Ownership.COMMITTING)
+    assert record.read(rig.record_path) is None and not rig.service.committed
 
 
 def test_decisions_are_on_disk_when_they_are_answered(rig: Rig) -> None:
