@@ -143,10 +143,6 @@ class Host:
         second time here, and one whose handover is not decided stands still until it is.
         """
         known = self.record()
-        for left in (self.directory / "run").glob("*"):
-            # Arrivals that ended with a daemon.
-            if known is None or left != Path(known.directory):
-                shutil.rmtree(left, ignore_errors=True)
         described = spec.name if spec is not None else None
         left_to = self._left_to(described)
         machine = self._find(known) if known is not None else None

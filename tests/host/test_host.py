@@ -584,14 +584,6 @@ def test_revoked_sessions_do_not_fill_the_disk(host: Host, monkeypatch: pytest.M
     assert len(list((host.directory / "decisions").iterdir())) == 3
 
 
-def test_what_an_arrival_has_left_that_ended_with_its_daemon_is_removed(host: Host, lost: FakeMachine) -> None:
-    kept, left = host.run_directory("0c0"), host.run_directory("5e55")
-    (left / "machine.log").touch()
-    record.write(host.record_path, Record(UUID, "vm", 3, Ownership.GONE, str(kept), "0c0", "b:1"))
-    host.open_machine(None)
-    assert kept.exists() and not left.exists()
-
-
 @pytest.mark.parametrize(("ownership", "state", "reason"), KEPT)
 def test_what_may_be_forgotten(ownership: Ownership | None, state: str | None, reason: str | None) -> None:
     assert why_kept(ownership, state=state) == reason
