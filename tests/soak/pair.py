@@ -35,8 +35,7 @@ class Host:
         self._rig = rig
         self._port, self._lane_port = free_port(), free_port()
         self._networks = [
-            held.enter_context(FaultProxy(f"{DIRECT}:{port}", f"{BY_PROXY}:{port}"))
-            for port in (self._port, self._lane_port)
+            held.enter_context(FaultProxy(f"{DIRECT}:{port}", port, BY_PROXY)) for port in (self._port, self._lane_port)
         ]
         self.address = self._networks[0].address
         self.daemon: Daemon
@@ -113,7 +112,7 @@ class Host:
             lambda: f"{self.name} has {self.kept()} descriptors and threads, and had {usual} at first",
         )
         runs = list((self.daemon.state_dir / "run").glob("*"))
-        assert len(runs) <= 1, runs
+        assert len(runs) <= 2, runs  # the machine's, and what is kept of one that has died
         for log in self.logs():
             said = log.read_text()
             assert "Traceback" not in said and "defect" not in said, said[-4000:]

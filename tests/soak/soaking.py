@@ -178,7 +178,13 @@ class Soak:
                 return lambda: there.disturb("")
             case ["network", how]:
                 there.disturb(how)
-                return lambda: there.disturb("")
+
+                def heal() -> None:
+                    if how.startswith("without"):
+                        there.disturb("cut")  # no network takes bytes out of the middle of a connection that lives on
+                    there.disturb("")
+
+                return heal
             case [role, "daemon killed" | "daemon told to end" as how]:
                 host = pair.here if role == "source" else there
                 if how == "daemon killed":

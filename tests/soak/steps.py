@@ -84,6 +84,7 @@ class Step:
     compress: str
     max_downtime_ms: float
     bandwidth_limit: float
+    reconnect_s: float
 
     @property
     def may_end(self) -> End:
@@ -94,6 +95,7 @@ class Step:
         what = f"{self.fault} ({self.device})" if "device" in self.fault else self.fault
         how = f"{self.verify}, {self.lanes} {self.lane_kind} lanes, compress {self.compress}"
         limit = f", {self.bandwidth_limit / 1e6:.0f} MB/s" if self.bandwidth_limit else ""
+        limit += f", reconnects for {self.reconnect_s} s" if self.reconnect_s else ""
         return f"step {self.number}: {what} {when} for {self.lasts} s; {how}, {self.max_downtime_ms} ms{limit}"
 
     def request(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ class Step:
             "compression": host_pb2.Compression.Value(f"COMPRESSION_{self.compress.upper()}"),
             "max_downtime_ms": self.max_downtime_ms,
             "bandwidth_limit": self.bandwidth_limit,
+            "reconnect_s": self.reconnect_s,
             "max_rounds": MAX_ROUNDS,
             "on_timeout": host_pb2.ON_TIMEOUT_SWITCH_OVER,
         }
@@ -127,6 +130,7 @@ def step(seed: int, number: int) -> Step:
         compress=rng.choice(("off", "lz4", "zstd", "auto")),
         max_downtime_ms=rng.choice((100, 300, 1000)),
         bandwidth_limit=rng.choice((0, 0, 100e6)),
+        reconnect_s=rng.choice((0, 3, 20)),
     )
 
 
