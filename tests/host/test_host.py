@@ -584,6 +584,12 @@ def test_revoked_sessions_do_not_fill_the_disk(host: Host, monkeypatch: pytest.M
     assert len(list((host.directory / "decisions").iterdir())) == 3
 
 
+def test_what_an_arrival_has_left_that_ended_with_its_daemon_goes_with_the_next(host: Host) -> None:
+    left = host.run_directory("5e55")
+    (left / "machine.log").touch()
+    assert host.run_directory("0c0").exists() and not left.exists()
+
+
 @pytest.mark.parametrize(("ownership", "state", "reason"), KEPT)
 def test_what_may_be_forgotten(ownership: Ownership | None, state: str | None, reason: str | None) -> None:
     assert why_kept(ownership, state=state) == reason
