@@ -98,9 +98,9 @@ class Host:
         return record.read(self.record_path)
 
     def run_directory(self, session_id: str) -> Path:
-        """Return an empty directory for a machine process."""
+        """Return an empty directory for a machine process; what is left of those that were here before it goes."""
         path = self.directory / "run" / session_id
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
         path.parent.mkdir(exist_ok=True, mode=0o700)
         path.mkdir(mode=0o700)
         return path

@@ -112,7 +112,7 @@ class Host:
             lambda: f"{self.name} has {self.kept()} descriptors and threads, and had {usual} at first",
         )
         runs = list((self.daemon.state_dir / "run").glob("*"))
-        assert len(runs) <= 2, runs  # the machine's, and what is kept of one that has died
+        assert len(runs) <= 1, runs
         for log in self.logs():
             said = log.read_text()
             assert "Traceback" not in said and "defect" not in said, said[-4000:]
