@@ -237,6 +237,7 @@ class Migration:
             self._link,
             self.session_id,
             self._request,
+            prepared.features,
             machine,
             self._ram,
             devices,

@@ -46,12 +46,18 @@ FIXED = {
 class Packer:
     """Makes the batches of all lanes; `close` ends its threads."""
 
-    def __init__(self, ram: GuestRam, compression: host_pb2.Compression.ValueType, lanes: int) -> None:
+    def __init__(
+        self, ram: GuestRam, compression: host_pb2.Compression.ValueType, lanes: int, *, packing: bool = True
+    ) -> None:
+        """Without `packing` the destination knows nothing but whole pages and lz4: what would be zstd is that too."""
         self._ram = ram
         self._sent_so_far = [LaneStats() for _ in range(lanes)]
         self._sent = [self._nothing_sent() for _ in range(lanes)]
         workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
         self._fixed = FIXED.get(compression)
+        self._refers = packing
+        if not packing and self._fixed is not NONE:
+            self._fixed = LZ4
         self._tuner = Tuner(workers=workers, lanes=lanes)
         self._workers = workers
         self._ahead = max(workers // lanes, 1) + 1
@@ -94,7 +100,8 @@ class Packer:
         packing: deque[Future[tuple[PageBatch, Method]]] = deque()
         for batch in encode(self._ram, *pages, round=number, data=data, copied=copied):
             if method is not NONE and batch.payload:
-                sent.reduce(batch)
+                if self._refers:
+                    sent.reduce(batch)
                 packing.append(self._pool.submit(self._pack, batch, method))
                 yield from self._finish(packing, self._ahead)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 
 import grpc
@@ -11,6 +11,7 @@ from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
 from common.machine.client import DeviceInfo, MachineClient, Rest
 from common.memory.ram import GuestRam
+from common.rpc import versions
 from common.vfio.migration import MigrationFlags
 from source.lane_stats import LaneStats
 from source.lanes import OpenLane, PageLanes
@@ -33,6 +34,7 @@ class Streams:
         link: Link,
         session_id: str,
         request: host_pb2.MigrateRequest,
+        features: Container[str],
         machine: MachineClient,
         ram: GuestRam,
         devices: Sequence[DeviceInfo],
@@ -43,7 +45,7 @@ class Streams:
         """`peers` are the migration flags of the destination's devices; `on_applied` is told (pages, bytes) of acks."""
         self._link = link
         with ExitStack() as opened:
-            self._packer = Packer(ram, request.compression, request.lanes)
+            self._packer = Packer(ram, request.compression, request.lanes, packing=versions.PACKING in features)
             opened.callback(self._packer.close)
 
             def applied(pages: int, size: int) -> None:

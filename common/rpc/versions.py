@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["FEATURES", "HIGHEST", "LOWEST", "RECONNECT", "choose", "shared"]
+__all__ = ["FEATURES", "HIGHEST", "LOWEST", "PACKING", "RECONNECT", "choose", "shared"]
 
 LOWEST, HIGHEST = 1, 1
 RECONNECT = "reconnect"
-FEATURES = frozenset({RECONNECT})
+PACKING = "packing"
+FEATURES = frozenset({PACKING, RECONNECT})
 """What this daemon has beyond the version, by the names in docs/protocol.md."""
 
 

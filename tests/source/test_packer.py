@@ -43,8 +43,8 @@ def target() -> Iterator[GuestRam]:
 def opened(source: GuestRam) -> Iterator[Callable[..., Packer]]:
     packers: list[Packer] = []
 
-    def open_packer(compression: int, lanes: int = 1) -> Packer:
-        packers.append(Packer(source, compression, lanes))  # type: ignore[arg-type]  # an enum's value is a number
+    def open_packer(compression: int, lanes: int = 1, *, packing: bool = True) -> Packer:
+        packers.append(Packer(source, compression, lanes, packing=packing))  # type: ignore[arg-type]  # an enum's value is a number
         return packers[-1]
 
     yield open_packer
@@ -84,6 +84,18 @@ def test_pages_arrive_in_order_packed_as_told(
     again = send(packer, applier, source, 1)
     filled = int(source.pages[: PAGES * 3 // 4].any(axis=1).sum())
     assert sum(batch.unchanged_pages for batch in again) == (0 if encoding is Encoding.RAW else filled)
+
+
+@pytest.mark.parametrize("compression", [host_pb2.COMPRESSION_ZSTD, host_pb2.COMPRESSION_AUTO])
+def test_a_destination_that_knows_nothing_else_gets_whole_pages_in_lz4(
+    source: GuestRam, target: GuestRam, opened: Callable[..., Packer], compression: int
+) -> None:
+    packer, applier = opened(compression, packing=False), Applier(target)
+    for number in (0, 1):
+        arrived = send(packer, applier, source, number)
+        assert {batch.encoding for batch in arrived if batch.payload} == {Encoding.LZ4}
+        assert not any(batch.unchanged or batch.equal or batch.delta for batch in arrived)
+    assert np.array_equal(source.pages, target.pages)
 
 
 @pytest.mark.parametrize(("fast", "then"), [(0.0, Encoding.RAW), (float("inf"), Encoding.ZSTD)])
