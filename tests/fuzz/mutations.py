@@ -238,6 +238,8 @@ def _scalar(field: FieldDescriptor, value: Any, rng: random.Random, nested: dict
             return rng.choice((-1, 0, 1, 2, 3, 4, 5, 6, 7, 0x7FFF_FFFF))
         case FieldDescriptor.TYPE_UINT32 | FieldDescriptor.TYPE_FIXED32:
             return rng.choice((number(rng, 32), ((value or 0) + 1) & 0xFFFF_FFFF))
+        case FieldDescriptor.TYPE_DOUBLE:
+            return rng.choice((0.0, -1.0, 0.5, 1e9, 1e308, float("inf"), float("-inf"), float("nan")))
         case _:
             return rng.choice((number(rng, 64), ((value or 0) + 1) & (1 << 64) - 1))
 
