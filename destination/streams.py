@@ -63,6 +63,7 @@ class OpenStreams:
             if generation <= self.generation:
                 raise _old(generation)
             self.generation, self._beginning = generation, True
+            self._changed.notify_all()
         self.end()
         with self._changed:
             self._changed.wait_for(lambda: self.generation != generation or not self._ends, END_SECONDS)
