@@ -261,7 +261,7 @@ def watch(address: Address, *, tls: Tls = None, as_json: AsJson = False) -> None
                     if event.HasField("result"):
                         line["result"] = report(event.result)
                     print(json.dumps(line), flush=True)
-                else:
+                elif not event.HasField("progress") or event.progress.round_pages:
                     print(event_line(event), flush=True)
         except KeyboardInterrupt:
             return

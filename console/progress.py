@@ -127,7 +127,8 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
         if progress.disconnected_ms:
             lost = f"reconnecting, for {format_duration(progress.disconnected_ms)} by now"
             head = Text.assemble(head, "  ", (lost, "bold red"))
-        bar = ProgressBar(max(progress.round_pages, 1), progress.round_done_pages, width=BAR_WIDTH)
+        bar = Table.grid()  # by itself a bar does not end its line
+        bar.add_row(ProgressBar(max(progress.round_pages, 1), progress.round_done_pages, width=BAR_WIDTH))
         devices = Table("device", "state", "sent", "to read now", "if stopped now", "initial data", box=None)
         known = {device.name: device for device in progress.devices}
         for name, state in self._device_states.items():

@@ -19,6 +19,8 @@ THROTTLE_ROUNDS = 2
 THROTTLE_INITIAL = 20
 THROTTLE_INCREMENT = 10
 THROTTLE_MAX = 99
+# After so many rounds that have all left more than this share of what the first of them left, it is said.
+STUCK_ROUNDS, STUCK_SHARE = 8, 0.8
 
 
 class Action(Enum):
@@ -96,10 +98,14 @@ def decide(history: Sequence[RoundFacts], limits: Limits) -> Decision:
         throttle = min(throttle + THROTTLE_INCREMENT if throttle else THROTTLE_INITIAL, THROTTLE_MAX)
         reason = f"the guest dirties more than half of what is sent: vCPUs slowed down by {throttle} %"
         return Decision(Action.THROTTLE, reason, throttle)
-    expected = _ms(last.expected_downtime_s)
-    return Decision(
-        Action.ITERATE, f"the rest would take {expected}, accepted are {_ms(limits.max_downtime_s)}", throttle
-    )
+    reason = f"the rest would take {_ms(last.expected_downtime_s)}, accepted are {_ms(limits.max_downtime_s)}"
+    if _gets_no_better(history):
+        ways = [
+            f"--max-downtime {_ms_up(last.expected_downtime_s)}",
+            *([] if limits.auto_converge else ["--auto-converge"]),
+        ]
+        reason += f", and it gets no better: {' or '.join(ways)} would help"
+    return Decision(Action.ITERATE, reason, throttle)
 
 
 def _limit_reached(last: RoundFacts, limits: Limits) -> str | None:
@@ -121,6 +127,12 @@ def _falls_behind(history: Sequence[RoundFacts]) -> bool:
         and facts.throttle_percent == recent[-1].throttle_percent
         for facts in recent
     )
+
+
+def _gets_no_better(history: Sequence[RoundFacts]) -> bool:
+    """Whether the last rounds have brought the switchover no nearer."""
+    recent = [facts.expected_downtime_s for facts in history[-STUCK_ROUNDS:]]
+    return len(recent) == STUCK_ROUNDS and min(recent[1:]) > STUCK_SHARE * recent[0]
 
 
 def _what_would_help(last: RoundFacts, limits: Limits) -> str:

@@ -125,6 +125,16 @@ def test_the_live_display_shows_devices_and_leaves_nothing() -> None:
     assert text.endswith("\x1b[2K")  # the last thing is to wipe the display's last line
 
 
+def test_the_bar_has_a_line_of_its_own() -> None:
+    stream = io.StringIO()
+    with LiveProgress(Console(file=stream, width=80, force_terminal=True, color_system=None)) as display:
+        for event in story(result())[:-1]:
+            display.feed(event)
+        display._live.refresh()
+    headers = [line for line in stream.getvalue().splitlines() if "to read now" in line]
+    assert headers and not any("━" in line for line in headers)
+
+
 def test_a_lost_connection_is_shown_until_it_is_there_again() -> None:
     lost = pb.Progress(phase="precopy", round_pages=100, disconnected_ms=2500)
     again = pb.Progress(phase="precopy", round_pages=100, reconnects=2)

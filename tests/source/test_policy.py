@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.machine.quantities import parse_duration
-from source.policy import Action, Decision, Limits, RoundFacts, decide
+from source.policy import STUCK_ROUNDS, Action, Decision, Limits, RoundFacts, decide
 
 MB = 1_000_000
 
@@ -208,6 +208,19 @@ def test_slows_the_guest_in_the_steps_of_qemu() -> None:
             throttle = decision.throttle_percent
             steps.append(throttle)
     assert steps == [20, 30, 40, 50, 60, 70, 80, 90, 99]
+
+
+def test_what_gets_no_better_is_said_with_what_would_help() -> None:
+    limits = Limits(max_downtime_s=0.1)
+    stuck = [facts(number=number, dirty_bytes=80 * MB) for number in range(STUCK_ROUNDS)]
+    reason = decide(stuck, limits).reason
+    assert reason == (
+        "the rest would take 800 ms, accepted are 100 ms, and it gets no better: --max-downtime 1001ms or "
+        "--auto-converge would help"
+    )
+    assert "no better" not in decide(stuck[1:], limits).reason
+    assert "no better" not in decide([*stuck[:-1], facts(dirty_bytes=60 * MB)], limits).reason
+    assert "auto-converge" not in decide(stuck, replace(limits, auto_converge=True)).reason
 
 
 def test_one_bad_round_slows_nobody() -> None:
