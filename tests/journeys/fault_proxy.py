@@ -84,11 +84,14 @@ class FaultProxy:
         self._do(slow)
 
     def heal(self) -> None:
-        """Be a good network."""
+        """Be a good network; connections that have lost bytes are reset, for TCP would have sent them again."""
 
         def heal() -> None:
             self._cut, self._dropped, self._delay, self._rate = False, frozenset(), 0.0, None
             self._flows.set()
+            for connection in self._connections:
+                if connection.has_lost:
+                    connection.reset()
 
         self._do(heal)
 
@@ -130,15 +133,22 @@ class FaultProxy:
                 other_reader, other_writer = await asyncio.open_connection(*self._target)
                 connection.writers.append(other_writer)
                 await asyncio.gather(
-                    self._carry(reader, other_writer, "there"), self._carry(other_reader, writer, "back")
+                    self._carry(reader, other_writer, "there", connection),
+                    self._carry(other_reader, writer, "back", connection),
                 )
         finally:
             connection.close()
             self._connections.discard(connection)
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
+    async def _carry(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        direction: Direction,
+        connection: _Connection,
+    ) -> None:
         on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
-        arriving = asyncio.ensure_future(self._arrive(on_the_way, writer, direction))
+        arriving = asyncio.ensure_future(self._arrive(on_the_way, writer, direction, connection))
         try:
             while data := await reader.read(CHUNK):
                 await on_the_way.put((time.monotonic() + self._delay, data))
@@ -148,7 +158,11 @@ class FaultProxy:
             arriving.cancel()
 
     async def _arrive(
-        self, on_the_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, direction: Direction
+        self,
+        on_the_way: asyncio.Queue[tuple[float, bytes]],
+        writer: asyncio.StreamWriter,
+        direction: Direction,
+        connection: _Connection,
     ) -> None:
         while True:
             due, data = await on_the_way.get()
@@ -159,6 +173,7 @@ class FaultProxy:
                     writer.write_eof()
                 return
             if direction in self._dropped:
+                connection.has_lost = True
                 continue
             writer.write(data)
             await writer.drain()
@@ -169,6 +184,7 @@ class FaultProxy:
 class _Connection:
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self.writers = [writer]
+        self.has_lost = False
 
     def reset(self) -> None:
         for writer in self.writers:

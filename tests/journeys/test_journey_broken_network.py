@@ -262,6 +262,9 @@ def test_the_proxy_does_what_it_says() -> None:
                 with pytest.raises(TimeoutError):
                     sock.recv(4)
                 proxy.heal()
+                with pytest.raises(ConnectionResetError):
+                    sock.recv(4)
+            with connect(proxy) as sock:
                 proxy.slow(delay=0.3)
                 began = time.monotonic()
                 assert exchange(sock) == b"ping" and time.monotonic() - began >= 0.6
