@@ -50,6 +50,8 @@ class LanePort:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._lane_count = lanes
+        self._generation = -1
+        self._unused: dict[int, bytes] = {}
         self.tokens = self.renew(0)
         self._strangers: dict[threading.Thread, LaneSocket] = {}
         self._lanes: dict[threading.Thread, LaneSocket] = {}
@@ -62,8 +64,9 @@ class LanePort:
         """Take lanes of a generation from now on, and of no other; return their tokens."""
         tokens = [secrets.token_bytes(TOKEN_SIZE) for _ in range(self._lane_count)]
         with self._lock:
-            self._generation = generation
-            self._unused = dict(enumerate(tokens))
+            if generation > self._generation:  # else somebody else was faster, and newer
+                self._generation = generation
+                self._unused = dict(enumerate(tokens))
         return tokens
 
     def _accept(self) -> None:

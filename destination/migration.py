@@ -48,6 +48,8 @@ __all__ = ["Arrival"]
 IDLE_SECONDS = 30.0
 WATCH_SECONDS = 1.0
 STREAM_SECONDS = 5.0
+# So long a source may read its RAM before it asks for the deferred verdict.
+VERDICT_SECONDS, VERDICT_SECONDS_PER_GIB = 120.0, 2.0
 # Most of a device that is read in the blackout for a deferred verdict, which is to be short.
 DEFERRED_BYTES = 64 << 20
 # That a source may notice later than we do that the network is gone: it begins to wait only then.
@@ -107,7 +109,25 @@ class Arrival:
     # setup
 
     def prepare(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
-        """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING."""
+        """Build the machine: empty RAM, already touched where data will come, and devices in RESUMING.
+
+        A session that is revoked meanwhile is only that: what is built is taken down here.
+        """
+        try:
+            prepared = self._build(request)
+        except BaseException as error:
+            self._revoke(f"it could not be prepared: {error}")
+            self._end()
+            raise
+        with self._decision:
+            self._prepared = True
+        if self.state != handover.PREPARING:
+            self._end()
+        self._expect(handover.PREPARING)
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        return prepared
+
+    def _build(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
         _log.info("arrival", machine=request.machine_uuid, incarnation=request.incarnation)
         spec = find_devices(describe(request), self._host)
         check_memory(sum(request.data_pages) * PAGE_SIZE)
@@ -130,15 +150,8 @@ class Arrival:
         self._devices = {device.name: Loading(device.has_precopy) for device in machine.devices()}
         if self._verifier is not None:
             self._verifier.wait_until_ready()
-        with self._decision:
-            if self.state != handover.PREPARING:
-                # It was revoked while it was built, when there was nothing to take down yet.
-                self._take_down()
-            self._prepared = True
-            self._expect(handover.PREPARING)
-            if request.lane_kind == migration_pb2.LANE_KIND_TCP:
-                self._lane_port = self._listen()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        if request.lane_kind == migration_pb2.LANE_KIND_TCP:
+            self._lane_port = self._listen()
         return migration_pb2.PrepareResponse(
             devices=[
                 migration_pb2.PreparedDevice(
@@ -235,7 +248,6 @@ class Arrival:
         self._expect(handover.PREPARING, handover.READY)
         _log.info("source is back", generation=request.generation)
         self._streams.begin(request.generation)
-        self._broken = False
         return migration_pb2.ReconnectResponse(
             lanes=[migration_pb2.SendPagesResponse(applied_sequence=number) for number in self._lanes.sequences],
             devices={name: loading.ack() for name, loading in self._devices.items()},
@@ -268,13 +280,18 @@ class Arrival:
         if self._verify == Verify.VERIFY_MODE_DEFERRED and self._verifier is not None:
             reading = self._pool.submit(self._verifier.complete)
         hooks.reach("destination.finish")
-        self._machine.load(vcpu, configs, paused=request.paused)
-        if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
-            # After the devices have validated their state: what one of them wrote meanwhile is read too.
-            reading = self._pool.submit(self._verifier.read_all)
-        if reading is not None and self._verify == Verify.VERIFY_MODE_DEFERRED:
-            self._device_digests = self._digest_devices()
-            reading.result()
+        try:
+            self._machine.load(vcpu, configs, paused=request.paused)
+            if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
+                # After the devices have validated their state: what one of them wrote meanwhile is read too.
+                reading = self._pool.submit(self._verifier.read_all)
+            if reading is not None and self._verify == Verify.VERIFY_MODE_DEFERRED:
+                self._device_digests = self._digest_devices()
+                reading.result()
+        except BaseException as error:
+            # A device that has refused its state is reset. Asked once more, it would seem to have taken it.
+            self.lose(f"it could not be loaded: {error}")
+            raise
         self._reading = reading
         with self._decision:
             self._expect(handover.PREPARING)
@@ -290,7 +307,12 @@ class Arrival:
 
     def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
-        if self._verifier is None or self._reading is None:
+        with self._finishing:  # two that read one device at once would read neither right
+            return self._compare(request)
+
+    def _compare(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
+        verifier = self._verifier
+        if verifier is None or self._reading is None:
             why = "verification is off" if self._verify == Verify.VERIFY_MODE_OFF else "nothing has been read back"
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", why)
         if self._verify == Verify.VERIFY_MODE_STRICT:
@@ -300,7 +322,7 @@ class Arrival:
         self._reading.result()
         try:
             strict = self._verify == Verify.VERIFY_MODE_STRICT
-            mismatches = self._verifier.compare(request.chunk_digests, pages=strict)
+            mismatches = verifier.compare(request.chunk_digests, pages=strict)
         except ValueError as error:
             raise bad(str(error)) from error
         if self._verify == Verify.VERIFY_MODE_DEFERRED:
@@ -391,6 +413,8 @@ class Arrival:
         try:
             self._host.decide(self.session_id, COMMITTED)
             self._record(Ownership.OWNER)
+            if self._lane_port is not None:
+                self._lane_port.close()
             if self._verify != Verify.VERIFY_MODE_DEFERRED:
                 self._let_go()
         except (ClosedError, RequestError, OSError) as error:
@@ -412,15 +436,24 @@ class Arrival:
 
         Raise ValueError if it was committed.
         """
+        if self._revoke(reason):
+            self._end()
+
+    def _revoke(self, reason: str) -> bool:
+        """Decide it; return whether there is something to take down now, and by nobody else."""
         with self._decision:
             if self.state == handover.REVOKED:
-                return
+                return False
             state = handover.after(self.state, Event.REVOKE)
             self._host.decide(self.session_id, REVOKED)
             self._revoked_for = reason
             self.state = state
+            prepared = self._prepared
         self._host.metrics.arrived("revoked")
         _log.info("arrival revoked", reason=reason)
+        return prepared
+
+    def _end(self) -> None:
         try:
             self._take_down()
         finally:
@@ -481,6 +514,7 @@ class Arrival:
         """
         try:
             with self._streams.serving(name, generation, end):
+                self._broken = False  # not before: the source may not have heard that it may come
                 try:
                     self._expect(handover.PREPARING)
                     yield
@@ -526,8 +560,12 @@ class Arrival:
         enter_session(self.session_id)
         while self._verifier is not None or self.state in (handover.PREPARING, handover.READY):
             time.sleep(WATCH_SECONDS)
+            if self._streams or self._finishing.locked():
+                self._active_at = time.monotonic()
             patience = self._reconnect_s + NOTICE_SECONDS if self._broken else IDLE_SECONDS
-            if self._streams or time.monotonic() - self._active_at <= patience:
+            if self.state not in (handover.PREPARING, handover.READY):
+                patience = VERDICT_SECONDS + VERDICT_SECONDS_PER_GIB * self._ram.size / (1 << 30)
+            if time.monotonic() - self._active_at <= patience:
                 continue
             if self.state in (handover.PREPARING, handover.READY):
                 self.lose("nothing was heard of the source")

@@ -125,8 +125,8 @@ class Migration:
         self._end(CancelledError(why))
 
     def _end(self, failure: Exception) -> None:
-        self._ended_by = self._ended_by or failure
         if self._ownership is Ownership.OWNER:
+            self._ended_by = self._ended_by or failure
             self._ending.set()
             self._interrupt(failure)
 
@@ -177,6 +177,9 @@ class Migration:
     def _time_is_up(self, limit: float) -> None:
         if not self._account.precopy_began:
             self._end(NotConvergedError(f"setup was not done in {limit:g} s; it needs more time"))
+            return
+        if self._link.lost_s:
+            self._end(NotConvergedError(f"not converged in {limit:g} s, and the connection was lost"))
             return
         self._end(
             NotConvergedError(

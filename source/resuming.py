@@ -111,6 +111,9 @@ class ResumingStream(Generic[Request, Response]):
                     self._stream.send(request)
             except PeerError as error:
                 failure = error
+            except BaseException:
+                self._stream.close(abort=True)
+                raise
             else:
                 return
 

@@ -240,8 +240,7 @@ class DeviceStream:
         )
 
     def interrupt(self, failure: Exception) -> None:
-        """Let every call fail with `failure`."""
-        self._stopping.set()
+        """Let every call on this connection fail with `failure`; on the next one the device is read on."""
         self._stream.interrupt(failure)
 
     def end_precopy(self) -> None:

@@ -119,6 +119,7 @@ def union(bitmaps: Iterable[Words], pages: int) -> Words:
     """Return the pages of any of these bitmaps of `pages` pages, in time for reading them, not for writing as much."""
     merged = _groups(empty(pages))
     for words in bitmaps:
+        _check_size(words, pages)
         for numbers, used in _used_groups(_groups(words)):
             merged[numbers] |= used
     return merged.reshape(-1)[: words_for(pages)]
@@ -151,6 +152,11 @@ def _used_words(words: Words) -> npt.NDArray[np.int64]:
 def _positions(at: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return where words stand in the bitmap that are at these places of the groups of these numbers."""
     return numbers[at // _GROUP] * _GROUP + at % _GROUP
+
+
+def _check_size(words: Words, pages: int) -> None:
+    if words.shape != (words_for(pages),):
+        raise ValueError(f"a bitmap of {pages} pages has {words_for(pages)} words, not {words.size}")
 
 
 def _check_tail(words: Words, pages: int) -> None:
@@ -282,8 +288,7 @@ class DirtyBitmap:
 
     def merge(self, words: Words) -> None:
         """Mark the pages of a bitmap of the same size."""
-        if words.shape != (words_for(self.pages),):
-            raise ValueError(f"a bitmap of {self.pages} pages has {words_for(self.pages)} words, not {words.size}")
+        _check_size(words, self.pages)
         _check_tail(words, self.pages)
         with self._lock:
             np.bitwise_or(self._words, words, out=self._words)

@@ -918,7 +918,8 @@ def test_what_was_read_for_a_verdict_is_let_go_if_nobody_asks(rig: Rig, monkeypa
     rig.commit()
     rig.settled()
     (watch,) = (thread for thread in threading.enumerate() if thread.name == "watch" and thread not in others)
-    monkeypatch.setattr(arrival_module, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(arrival_module, "VERDICT_SECONDS", 0.0)
+    monkeypatch.setattr(arrival_module, "VERDICT_SECONDS_PER_GIB", 0.0)
     watch.join(10)
     (verifier,) = FakeVerifier.made
     assert not watch.is_alive() and verifier.calls == ["complete", "close"]

@@ -44,6 +44,9 @@ class Stage:
         match what.split():
             case [component, "killed"]:
                 kill(daemon, component)
+                if component in ("device", "vCPU"):
+                    # Nobody could fail for what nobody has noticed: all is at the destination by the handover.
+                    wait_for(lambda: daemon.look().machine.failure, "the machine has not noticed", HANG)
             case [component, "hung"]:
                 hang(daemon, component)
             case ["disk", "full"]:

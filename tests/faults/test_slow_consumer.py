@@ -21,7 +21,7 @@ pytestmark = pytest.mark.matrix
 
 MIB = 1 << 20
 STATE = 256 * MIB
-BOUND = 64 * MIB  # that each process may take meanwhile; what is to be sent is several times that
+BOUND = 80 * MIB  # that each process may take meanwhile; what is to be sent is several times that
 SECONDS = 3.0
 GRPC, TCP = migration_pb2.LANE_KIND_GRPC, migration_pb2.LANE_KIND_TCP
 

@@ -93,7 +93,7 @@ CHEATS: dict[str, tuple[Calls, set[str]]] = {
     "another version": ({"Prepare": answers(pb.PrepareResponse(protocol_version=7))}, {"PROTOCOL_VERSION"}),
     "a million devices": (
         {"Prepare": answers(pb.PrepareResponse(protocol_version=1, devices=[pb.PreparedDevice(name="x")] * 500_000))},
-        {"REVOKED"},
+        {"DEVICE_DIFFERS"},
     ),
     "an ack of what was not sent": (acks("SendPages", 1 << 40), {"IO"}),
     "an ack that goes back": (acks("SendPages", 1, 0), {"IO"}),

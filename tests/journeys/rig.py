@@ -110,7 +110,8 @@ class Daemon:
     def counters(self) -> dict[str, dict[str, int]]:
         """Return what the guest's programs count; fail if one has found something wrong."""
         programs = self.look().machine.programs
-        assert not [(program.name, list(program.errors)) for program in programs if program.errors]
+        errors = [(program.name, list(program.errors)) for program in programs if program.errors]
+        assert not errors, errors
         return {program.name: dict(program.counters) for program in programs}
 
     def migrate(self, destination: str, **options: Any) -> host_pb2.MigrationResult:

@@ -31,12 +31,16 @@ def test_with_a_doorbell_pending(rig: Rig, image: Path) -> None:
     source = rig.start("source", machine_toml(image=image, devices=("nvme",)))
     destination = rig.start("destination")
     before = goes_on(source)
-    # The driver has rung, and the device does not get to look.
-    with rig.held("device.rung") as arrived:
-        arrived()
-        result = source.migrate(destination.address)
-        assert_completed(result)
-        assert result.devices[0].pending_doorbells == 1
+    # The driver has rung, and the device does not get to look. Not before the switchover: drivers wait for 5 s only.
+    with rig.held("source.switchover") as switches:
+        session = source.begin(destination.address)
+        switches()
+        with rig.held("device.rung") as rung:
+            rung()
+            switches.release()
+            result = source.follow(session)
+            assert_completed(result)
+            assert result.devices[0].pending_doorbells == 1
     goes_on(destination, before)
 
 
