@@ -80,7 +80,8 @@ def loses_its_connection(event: host_pb2.WatchEventsResponse) -> bool:
 
 @pytest.mark.parametrize("kind", ["grpc", pytest.param("tcp", marks=pytest.mark.matrix)])
 def test_round_0_goes_on_where_it_was(rig: Rig, image: Path, kind: str) -> None:
-    source = rig.start("source", machine_toml(image=image, devices=("nic",)))
+    """So does the pre-copy of devices: without their initial data there were no switchover."""
+    source = rig.start("source", machine_toml(image=image, devices=("nic", "accelerator")))
     before = goes_on(source)
     with network(rig) as net:
         session = source.begin(
