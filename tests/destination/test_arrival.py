@@ -862,6 +862,9 @@ def test_a_state_that_no_device_accepts_is_not_committed(rig: Rig) -> None:
     rig.all_has_come()
     rig.machine.refuses = {"load"}
     assert refused(rig.finish) == "CANNOT_LOAD: cannot load"
+    # Asked again, a device that was reset meanwhile would seem to have taken it.
+    rig.machine.refuses = set()
+    assert rig.state() == REVOKED and refused(rig.finish).startswith("WRONG_STATE")
     assert refused(rig.commit).startswith("NOT_READY")
 
 
