@@ -110,7 +110,10 @@ class Host:
         shutil.rmtree(self.directory / "run" / session_id, ignore_errors=True)
 
     def decide(self, session_id: str, decision: str) -> None:
-        """Make it durable, for as long as this host exists, how a session that came here ended; OPEN: it has come."""
+        """Make it durable how a session that came here ended; OPEN: it has come.
+
+        For as long as this host exists, but for REVOKED ones of more than `MAX_DECISIONS` sessions ago.
+        """
         directory = self.directory / "decisions"
         directory.mkdir(exist_ok=True, mode=0o700)
         record.write_durably(directory / session_id, decision)
