@@ -116,12 +116,15 @@ class Arrival:
         try:
             prepared = self._build(request)
         except BaseException as error:
-            self._revoke(f"it could not be prepared: {error}")
-            self._end()
+            try:
+                self._revoke(f"it could not be prepared: {error}")
+            finally:
+                self._end()
             raise
         with self._decision:
             self._prepared = True
-        if self.state != handover.PREPARING:
+            revoked = self.state != handover.PREPARING
+        if revoked:
             self._end()
         self._expect(handover.PREPARING)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()

@@ -99,11 +99,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             if self._arrival is not None:
                 self._arrival.close()
             self._arrival = arrival = Arrival(self._host, request, self._lane_listen, reconnect_s)
-        try:
-            prepared = arrival.prepare(request)
-        except BaseException as error:
-            arrival.revoke(f"it could not be prepared: {error}")
-            raise
+        prepared = arrival.prepare(request)
         if not context.is_active():
             # It has cancelled, or has gone, while the machine was built: it will not come back for this session.
             arrival.revoke("the source has not waited for it")
