@@ -49,8 +49,18 @@ kind = "accelerator"
 memory = {memory}
 pre_copy = "{pre_copy}"
 """
-OPTIONS = ("--lane-kind", "tcp", "--lanes", "2", "--max-downtime", "300ms", "--timeout", "60s")
-LIMITED = ("--on-timeout", "switch-over")
+OPTIONS = (
+    "--lane-kind",
+    "tcp",
+    "--lanes",
+    "2",
+    "--max-downtime",
+    "300ms",
+    "--timeout",
+    "60s",
+    "--on-timeout",
+    "switch-over",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +91,26 @@ def downtime(runs: int) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for pre_copy, rows in (("auto", WITH_PRE_COPY), ("off", WITHOUT_PRE_COPY)):
         machine = MACHINE + ACCELERATOR.format(memory=DEVICE_MEMORY, pre_copy=pre_copy) * DEVICES
-        for _, row, told in _moves(machine, rows, runs):
+        for row, told in _moves(machine, rows, runs):
             found.setdefault(row.name, []).append(told)
     Console(width=170).print(_table(found, runs))
 
 
-def _moves(machine: str, rows: Sequence[Row], runs: int) -> list[tuple[int, Row, dict[str, Any]]]:
+def _moves(machine: str, rows: Sequence[Row], runs: int) -> list[tuple[Row, dict[str, Any]]]:
     moves = []
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sw-bench-")))
         (guards := directory / "guards").mkdir()
         link = stack.enter_context(open_link(TEN_GBIT))
         ours = stack.enter_context(hosts(link, directory, machine, {**ENVIRONMENT, "SWITCHOVER_HOOKS": str(guards)}))
-        for run in range(runs):
+        for _ in range(runs):
             for row in rows:
                 guard = guards / f"{row.without}.off"
                 if row.without:
                     guard.touch()
-                told, _ = ours.migrate([*OPTIONS, *LIMITED, *row.options])
+                told, _ = ours.migrate([*OPTIONS, *row.options])
                 guard.unlink(missing_ok=True)
-                moves.append((run, row, told))
+                moves.append((row, told))
     return moves
 
 

@@ -117,7 +117,7 @@ def migrate(
         typer.Option(
             parser=parse_patience, metavar="DURATION", help="How long to wait for a broken network; 0: not at all."
         ),
-    ] = "30s",  # type: ignore[assignment]  # as above
+    ] = "30s",  # type: ignore[assignment]  # typer parses defaults too
     lanes: Annotated[int, typer.Option(min=1, max=16, help="Streams that carry pages side by side.")] = 1,
     lane_kind: Annotated[
         LaneKind, typer.Option(help="What these are: gRPC streams, or TCP connections of their own.")

@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 
 from common.machine.quantities import parse_duration
+from common.rpc.versions import MAX_RECONNECT_SECONDS
 
 __all__ = ["Address", "AsJson", "Tls", "parse_address", "parse_directory", "parse_names", "parse_patience", "positive"]
-
-MAX_PATIENCE_S = 3600.0
 
 
 def positive(parse: Callable[[str], float]) -> Callable[[str], float]:
@@ -38,7 +37,7 @@ def parse_patience(text: str) -> float:
         seconds = 0.0 if text == "0" else parse_duration(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if seconds > MAX_PATIENCE_S:
+    if seconds > MAX_RECONNECT_SECONDS:
         raise typer.BadParameter(f'"{text}" is more than an hour')
     return seconds
 

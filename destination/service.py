@@ -18,7 +18,7 @@ from common.logs import enter_session
 from common.memory.pages import PageBatch
 from common.rpc.errors import RefusalError
 from common.rpc.page_batch import parse
-from common.rpc.versions import HIGHEST, LOWEST, RECONNECT, choose, shared
+from common.rpc.versions import HIGHEST, LOWEST, MAX_RECONNECT_SECONDS, RECONNECT, choose, shared
 from destination import handover
 from destination.migration import Arrival
 from destination.refusal import bad
@@ -28,7 +28,6 @@ __all__ = ["MigrationServicer", "register"]
 _log = structlog.get_logger()
 
 MAX_LANES = 16
-MAX_RECONNECT_SECONDS = 3600.0
 MAX_DIGITS = 20
 SERVICE = "switchover.v1.MigrationService"
 

@@ -14,7 +14,7 @@ from switchover.v1 import host_pb2, migration_pb2
 from common.host.events import Events
 from common.machine.client import DeviceConfig, DeviceInfo, Tracking
 from common.memory.layout import PAGE_SIZE
-from source.lane_stats import LaneStats
+from source.lane_stats import LaneStats, total
 from source.meter import Meter
 from source.policy import Action, Decision, RoundFacts
 from source.state_streams import DeviceStream
@@ -39,6 +39,7 @@ class Account:
     ) -> None:
         """`tell_progress` fills in what the streams have sent so far."""
         self.meter = Meter()
+        self._sent = LaneStats()
         self.facts: list[RoundFacts] = []
         self.throttle_percent = 0
         self.precopy_began = 0.0
@@ -118,27 +119,17 @@ class Account:
     def round_sent(self, stats: LaneStats, seconds: float) -> None:
         """Note what a round has sent."""
         self.meter.round_done(seconds, stats.page_bytes)
-        ram = self.result.ram
-        ram.transferred_bytes += stats.sent_bytes
-        ram.pages += stats.pages
-        ram.zero_pages += stats.zero_pages
-        ram.unchanged_pages += stats.unchanged_pages
-        ram.equal_pages += stats.equal_pages
-        ram.delta_pages += stats.delta_pages
-        ram.compressed_pages += stats.compressed_pages
-        ram.page_bytes += stats.page_bytes
+        self._sent = total((self._sent, stats))
+        self.result.ram.transferred_bytes = self._sent.sent_bytes
+        self.result.ram.pages = self._sent.pages
+        self._sent.tell(self.result.ram)
 
     def sent(self, stats: LaneStats) -> None:
         """Note what was sent in all, of a round too that does not come to its end."""
         ram = self.result.ram
         ram.transferred_bytes = max(ram.transferred_bytes, self.meter.total_bytes)
         ram.pages = stats.pages
-        ram.zero_pages = stats.zero_pages
-        ram.unchanged_pages = stats.unchanged_pages
-        ram.equal_pages = stats.equal_pages
-        ram.delta_pages = stats.delta_pages
-        ram.compressed_pages = stats.compressed_pages
-        ram.page_bytes = stats.page_bytes
+        stats.tell(ram)
 
     def look(
         self, number: int, stats: LaneStats, *, dirty_pages: int, device_bytes: int, initial_data_loaded: bool

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
+from switchover.v1 import host_pb2
+
 from common.memory.layout import PAGE_SIZE
 from common.memory.pages import Encoding, PageBatch
 
@@ -30,6 +32,15 @@ class LaneStats:
     def page_bytes(self) -> int:
         """Bytes of the pages that are not zero, before compression."""
         return (self.pages - self.zero_pages) * PAGE_SIZE
+
+    def tell(self, message: host_pb2.RamResult | host_pb2.Progress) -> None:
+        """Fill in how the pages went; their number and the bytes on the wire stand elsewhere in each."""
+        message.page_bytes = self.page_bytes
+        message.zero_pages = self.zero_pages
+        message.unchanged_pages = self.unchanged_pages
+        message.equal_pages = self.equal_pages
+        message.delta_pages = self.delta_pages
+        message.compressed_pages = self.compressed_pages
 
     def count(self, batch: PageBatch, size: int = 0) -> None:
         """Count a batch that is sent, with `size` bytes."""

@@ -14,6 +14,7 @@ from common.host.service import HostServicer
 from common.machine.config import MachineSpec
 from common.machine.record import Ownership
 from common.rpc.errors import RefusalError
+from common.rpc.versions import MAX_RECONNECT_SECONDS
 from source.commit import Settling
 from source.handover import Event
 from source.migration import Migration
@@ -22,7 +23,6 @@ __all__ = ["SourceServicer"]
 
 DEFAULT_DOWNTIME_MS = 300.0
 MAX_LANES = 16
-MAX_RECONNECT_SECONDS = 3600.0
 
 _DECLARED = {host_pb2.OWNER_HERE: Event.DECLARED_HERE, host_pb2.OWNER_THERE: Event.DECLARED_THERE}
 

@@ -79,12 +79,7 @@ class Streams:
         del progress.devices[:]
         progress.devices.extend(stream.progress() for stream in self.devices)
         progress.compression, sent = self._packer.progress()
-        progress.page_bytes = sent.page_bytes
-        progress.zero_pages = sent.zero_pages
-        progress.unchanged_pages = sent.unchanged_pages
-        progress.equal_pages = sent.equal_pages
-        progress.delta_pages = sent.delta_pages
-        progress.compressed_pages = sent.compressed_pages
+        sent.tell(progress)
 
     def finish_request(self, session_id: str, rest: Rest, *, paused: bool) -> migration_pb2.FinishRequest:
         """Return what is left of the machine, and how far each stream must have come."""
