@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import lz4.block
 
-from common.memory.bitmap import Words, pack, unpack
+from common.memory.bitmap import Words
+from common.memory.packed import PackedBitmap
 
 __all__ = ["History"]
 
@@ -18,16 +19,15 @@ __all__ = ["History"]
 @dataclass(frozen=True, slots=True)
 class _Entry:
     label: str
-    packed: bytes
+    compressed: bytes
     pages: int
 
     @classmethod
-    def of(cls, label: str, words: Words) -> _Entry:
-        return cls(label, lz4.block.compress(pack(words)), words.size * 64)
+    def of(cls, label: str, packed: PackedBitmap) -> _Entry:
+        return cls(label, lz4.block.compress(packed.to_bytes()), packed.pages)
 
     def has(self, page: int) -> bool:
-        words = unpack(lz4.block.decompress(self.packed), self.pages)
-        return bool(int(words[page // 64]) >> (page % 64) & 1)
+        return PackedBitmap.from_bytes(lz4.block.decompress(self.compressed), self.pages).has(page)
 
 
 class History:
@@ -39,11 +39,11 @@ class History:
 
     def sent(self, number: int, words: Words) -> None:
         """Remember what a round after round 0, which sends everything, sends."""
-        self._sent.append(_Entry.of(str(number), words))
+        self._sent.append(_Entry.of(str(number), PackedBitmap.of(words, words.size * 64)))
 
-    def reported(self, number: int, source: str, words: Words) -> None:
+    def reported(self, number: int, source: str, packed: PackedBitmap) -> None:
         """Remember what a collection after round `number` was told by a source of dirty pages."""
-        self._reported.append(_Entry.of(f"after round {number}: {source}", words))
+        self._reported.append(_Entry.of(f"after round {number}: {source}", packed))
 
     def rounds_that_sent(self, page: int) -> list[int]:
         """Return the numbers of the rounds that sent a page."""

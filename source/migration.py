@@ -343,9 +343,9 @@ class Migration:
         """Collect what was dirtied, and remember who said so."""
         hooks.reach(f"source.sync{number}")
         report = self._machine.sync()
-        for source, words in report.sources.items():
-            self._history.reported(number, source, words)
-            pages = bitmap.count(words)
+        for source, packed in report.sources.items():
+            self._history.reported(number, source, packed)
+            pages = packed.count()
             self._account.reported(source, pages)
             self._host.metrics.dirty(source, pages)
         return report.union()
@@ -389,8 +389,9 @@ class Migration:
             self._verifier.start_reading()
         number = len(self._account.facts)
         with self._account.downtime("last_sync"):
-            before = [self._dirty] if hooks.guarded("missed-dirty") else []
-            last = bitmap.union([self._sync(number - 1), *before], self._ram.layout.pages)
+            last = self._sync(number - 1)
+            if hooks.guarded("missed-dirty"):
+                last |= self._dirty
         with self._account.downtime("last_ram"):
             self._history.sent(number, last)
             stats = self._send_round(number, bitmap.runs_of(last))

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from common.memory import bitmap
 from common.memory.layout import PAGE_SIZE
+from common.memory.packed import PackedBitmap
 from common.memory.ram import GuestRam
 from common.memory.write_journal import WriteJournal
 
@@ -79,9 +80,9 @@ class GuestMemory:
         """Stop logging, and forget; nothing happens if it is off."""
         self._log = None
 
-    def take_log(self) -> bitmap.Words:
+    def take_log(self) -> PackedBitmap:
         """Return the log, one bit for each page of RAM, and clear it; EINVAL if it is off."""
         if self._log is None:
             raise OSError(errno.EINVAL, "the vCPU's dirty log is off")
         taken, self._log = self._log, bitmap.empty(self._ram.layout.pages)
-        return taken
+        return PackedBitmap.of(taken, self._ram.layout.pages)

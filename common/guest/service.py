@@ -15,7 +15,6 @@ from typing import Any
 from common.guest.boot import parse
 from common.guest.vcpu import Vcpu
 from common.ipc.channel import ClosedError, Handler, Message, RequestError, answer_one, receive
-from common.memory.bitmap import pack
 from common.memory.write_journal import WriteJournal
 
 __all__ = ["serve_vcpu"]
@@ -85,7 +84,7 @@ def _handlers(vcpu: Vcpu) -> dict[str, Handler]:
         vcpu.memory.stop_log()
 
     def dirty_log(_: Message) -> Message:
-        return Message(payload=pack(vcpu.memory.take_log()))
+        return Message(payload=vcpu.memory.take_log().to_bytes())
 
     def journal_start(_: Message) -> None:
         vcpu.memory.journal = WriteJournal()

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from common import hooks
 from common.iommu.iova_tree import MappingArrays
 from common.memory import runs
-from common.memory.bitmap import DirtyBitmap, pages_of
+from common.memory.bitmap import DirtyBitmap, page_blocks
 from common.memory.layout import PAGE_SIZE
 
 __all__ = ["DirtyPages", "dirty_ram_pages", "mark_runs"]
 
-# Words translated at a time: bounds the temporary arrays to some 50 MB however large and dirty the bitmap is.
-_SLICE_WORDS = 1 << 14
+# Pages translated at a time: bounds the temporary arrays to some 50 MB however large and dirty the bitmap is.
+_SLICE_PAGES = 1 << 20
 # Runs from here on are set one by one, as whole words; shorter ones all together, page by page.
 _LONG_RUN = 2048
 
@@ -46,15 +46,14 @@ def dirty_ram_pages(words: NDArray[np.uint64], base_iova: int, page_size: int, a
     if base_iova % PAGE_SIZE or page_size % PAGE_SIZE or page_size <= 0:
         raise ValueError(f"bitmap at IOVA {base_iova:#x} with pages of {page_size:#x} is not made of 4 KiB pages")
     factor = page_size // PAGE_SIZE
-    step = max(1, _SLICE_WORDS // factor)
+    step = max(1, _SLICE_PAGES // factor)
     found: list[NDArray[np.int64]] = []
     bar_hits = unmapped = 0
     first_pages = arrays.starts // PAGE_SIZE
     end_pages = arrays.ends // PAGE_SIZE - (not hooks.guarded("last-page-of-slot"))
-    for at in range(0, len(words), step):
-        iova_pages = (pages_of(words[at : at + step]) + at * 64) * factor + base_iova // PAGE_SIZE
-        if not len(iova_pages):
-            continue
+    slices = (block[at : at + step] for block in page_blocks(words) for at in range(0, len(block), step))
+    for bits in slices:
+        iova_pages = bits * factor + base_iova // PAGE_SIZE
         if factor > 1:
             iova_pages = (iova_pages[:, None] + np.arange(factor)).ravel()
         if not len(arrays):

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from google.protobuf import json_format
 from switchover.v1 import host_pb2
 
@@ -21,7 +19,8 @@ from common.ipc.channel import Buffer, Client, ClosedError
 from common.machine.config import MachineSpec, from_json
 from common.machine.device import Digest, Pending
 from common.machine.record import Ownership
-from common.memory.bitmap import union, unpack
+from common.memory.bitmap import Words
+from common.memory.packed import PackedBitmap, union
 from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
 
@@ -39,7 +38,6 @@ __all__ = [
 ]
 
 SOCKET = "machine.sock"
-Words = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ class SyncReport:
     """One collection of all dirty logs: who reported what, as bitmaps of RAM pages."""
 
     pages: int
-    sources: dict[str, Words]
+    sources: dict[str, PackedBitmap]
 
     def union(self) -> Words:
         """Return what anyone reported."""
@@ -280,7 +278,7 @@ class MachineClient:
         view = memoryview(reply.payload)
         sources = {}
         for name, size in reply["sources"].items():
-            sources[name], view = unpack(view[:size], reply["pages"]), view[size:]
+            sources[name], view = PackedBitmap.from_bytes(view[:size], reply["pages"]), view[size:]
         return SyncReport(reply["pages"], sources)
 
     def throttle(self, percent: int) -> None:

@@ -19,8 +19,9 @@ from common.iommu.container import Container
 from common.machine.device import Pending
 from common.machine.fields import shown
 from common.machine.machine import Machine
-from common.memory.bitmap import DirtyBitmap, Words
+from common.memory.bitmap import DirtyBitmap
 from common.memory.layout import PAGE_SIZE
+from common.memory.packed import PackedBitmap
 from common.memory.write_journal import JOURNAL_ROW, Rows
 from common.vfio.migration import DeviceState
 
@@ -75,13 +76,14 @@ class Leaving:
                 _log.debug("vfio_save_setup", device=device.name, state=device.state.name)
                 machine.enter_precopy(device)
 
-    def sync(self) -> dict[str, Words]:
+    def sync(self) -> dict[str, PackedBitmap]:
         """Collect all logs. The vCPUs' comes without any lock of a container: a vCPU may be waiting in a map trap."""
+        pages = self._machine.ram.layout.pages
         collected = {VCPU: self._machine.vcpus.dirty_log()}
         for container in self._machine.containers.values():
             if self._stopped or not self._is_left_to_the_end(container):
                 container.sync(last=self._stopped)
-            collected[container.name] = self._dirty[container.name].take()
+            collected[container.name] = PackedBitmap.of(self._dirty[container.name].take(), pages)
         return collected
 
     def _is_left_to_the_end(self, container: Container) -> bool:

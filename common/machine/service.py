@@ -26,7 +26,6 @@ from common.machine.device import Pending
 from common.machine.machine import Machine
 from common.machine.moving import Arriving, Leaving
 from common.machine.record import Ownership, Record
-from common.memory.bitmap import pack
 from common.vfio.migration import DeviceState
 
 __all__ = ["MachineService"]
@@ -294,7 +293,7 @@ class _Connection:
 
     def sync(self, _: Message) -> Message:
         collected = self._leaving().sync()
-        packed = {name: pack(words) for name, words in collected.items()}
+        packed = {name: bitmap.to_bytes() for name, bitmap in collected.items()}
         sources = {name: len(data) for name, data in packed.items()}
         return Message({"pages": self._machine.ram.layout.pages, "sources": sources}, b"".join(packed.values()))
 

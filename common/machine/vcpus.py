@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 
 from common.ipc.channel import MAX_FDS, Client, Handler, serve
 from common.machine.device_process import REQUEST_SECONDS
-from common.memory.bitmap import unpack
+from common.memory.packed import PackedBitmap
 from common.memory.ram import GuestRam
 from common.memory.write_journal import JOURNAL_ROW, Rows
 
@@ -84,9 +83,9 @@ class Vcpus:
         """Stop logging, and forget."""
         self._control.call("dirty_log_stop")
 
-    def dirty_log(self) -> npt.NDArray[np.uint64]:
+    def dirty_log(self) -> PackedBitmap:
         """Take the log: read and clear, answered by the loop that marks (as KVM_GET_DIRTY_LOG)."""
-        return unpack(self._control.call("dirty_log").payload, self._pages)
+        return PackedBitmap.from_bytes(self._control.call("dirty_log").payload, self._pages)
 
     def start_journal(self) -> None:
         """Keep a journal of what it writes, from now on."""

@@ -13,9 +13,8 @@ sent twice; the other way round it would be lost.
 
 from __future__ import annotations
 
-import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +28,13 @@ __all__ = [
     "empty",
     "from_bytes",
     "full",
-    "pack",
+    "page_blocks",
     "pages_of",
     "runs_of",
     "set_pages",
     "set_range",
     "set_runs",
-    "union",
-    "unpack",
+    "used_words",
     "words_for",
 ]
 
@@ -48,7 +46,6 @@ _BLOCK = 1 << 15
 # a pass over one costs no more than to read it.
 _GROUP = 256
 _FEW_RUNS = 16  # a slice for each of them is faster than an array of all their pages
-_PACKED = struct.Struct("<QQ")  # words of the bitmap, words that follow
 
 
 def words_for(pages: int) -> int:
@@ -82,49 +79,6 @@ def from_bytes(data: bytes | bytearray | memoryview, pages: int) -> Words:
     return words
 
 
-def pack(words: Words) -> bytes:
-    """Return a bitmap as bytes that are few if few bits are set: a log of 1 TiB has 32 MiB, nearly all of it zeros.
-
-    The number of its words and the number of those that follow as `<QQ`, these words as `<u8`, and their positions as
-    `<u4`; without positions if that is all of them, which it is where positions would save nothing.
-    """
-    used = _used_words(words)
-    if 3 * used.size >= 2 * words.size:
-        return _PACKED.pack(words.size, words.size) + words.tobytes()
-    return _PACKED.pack(words.size, used.size) + words[used].tobytes() + used.astype("<u4").tobytes()
-
-
-def unpack(data: bytes | bytearray | memoryview, pages: int) -> Words:
-    """Return the bitmap that was packed; `ValueError` unless it is one of `pages` pages."""
-    view = memoryview(data)
-    if view.nbytes < _PACKED.size:
-        raise ValueError(f"a packed bitmap of {view.nbytes} bytes")
-    total, given = _PACKED.unpack_from(view)
-    if total != words_for(pages):
-        raise ValueError(f"a bitmap of {pages} pages has {words_for(pages)} words, not {total}")
-    if given == total:
-        return from_bytes(view[_PACKED.size :], pages)
-    if given > total or view.nbytes != _PACKED.size + 12 * given:
-        raise ValueError(f"{given} words of a packed bitmap in {view.nbytes} bytes")
-    positions = np.frombuffer(view, "<u4", given, _PACKED.size + 8 * given)
-    if given and (int(positions[-1]) >= total or (positions[1:] <= positions[:-1]).any()):
-        raise ValueError("the words of a packed bitmap are not in order")
-    words = empty(pages)
-    words[positions] = np.frombuffer(view, "<u8", given, _PACKED.size)
-    _check_tail(words, pages)
-    return words
-
-
-def union(bitmaps: Iterable[Words], pages: int) -> Words:
-    """Return the pages of any of these bitmaps of `pages` pages, in time for reading them, not for writing as much."""
-    merged = _groups(empty(pages))
-    for words in bitmaps:
-        _check_size(words, pages)
-        for numbers, used in _used_groups(_groups(words)):
-            merged[numbers] |= used
-    return merged.reshape(-1)[: words_for(pages)]
-
-
 def _groups(words: Words) -> Words:
     """Return the words in rows of `_GROUP`; only if they are no whole number of rows it is a copy."""
     if short := -words.size % _GROUP:
@@ -141,7 +95,7 @@ def _used_groups(groups: Words) -> Iterator[tuple[npt.NDArray[np.int64], Words]]
         yield numbers, groups[first : last + 1] if last - first + 1 == numbers.size else groups[numbers]
 
 
-def _used_words(words: Words) -> npt.NDArray[np.int64]:
+def used_words(words: Words) -> npt.NDArray[np.int64]:
     """Return the positions of the words that are not zero."""
     found = [np.empty(0, np.int64)]
     for numbers, used in _used_groups(_groups(words)):
@@ -173,11 +127,16 @@ def pages_of(words: Words) -> npt.NDArray[np.int64]:
     """Return the page numbers of the set bits, ascending."""
     pages = np.empty(count(words), np.int64)
     filled = 0
-    for numbers, used in _used_groups(_groups(words)):
-        found = _bits_of(used, numbers)
+    for found in page_blocks(words):
         pages[filled : filled + found.size] = found
         filled += found.size
     return pages
+
+
+def page_blocks(words: Words) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield what `pages_of` returns in parts of at most two million pages; a bitmap without bits yields none."""
+    for numbers, used in _used_groups(_groups(words)):
+        yield _bits_of(used, numbers)
 
 
 def _bits_of(groups: Words, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

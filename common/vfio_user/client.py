@@ -93,7 +93,7 @@ class VfioUserClient:
         self.on_close = on_close
         self._closing = threading.Lock()  # taken by whoever ends it first, the other side or we
         self._timeout = timeout
-        self._connection = Connection(sock, limit=codec.MAX_REPLY_SIZE, timeout=timeout)
+        self._connection = Connection(sock, limit=codec.MAX_REPLY_SIZE, timeout=timeout, commands_bring_fds=False)
         self._connections = [self._connection]
         self.closed = self._connection.closed
         self.regions: list[RegionInfo] = []
@@ -378,7 +378,7 @@ class VfioUserClient:
         if twin.fd_index >= len(fds) or not stat.S_ISSOCK(os.fstat(fds[twin.fd_index]).st_mode):
             raise self._nonsense("VERSION", "the twin socket is not among the descriptors")
         sock = socket.socket(fileno=fds.pop(twin.fd_index))
-        connection = Connection(sock, limit=codec.MAX_REPLY_SIZE, timeout=self._timeout)
+        connection = Connection(sock, limit=codec.MAX_REPLY_SIZE, timeout=self._timeout, commands_bring_fds=False)
         self._connections.append(connection)
         self._threads.append(serve_dma(connection, self, self._lost))
 
@@ -469,14 +469,12 @@ class VfioUserClient:
         self, command: Command, what: str, *parts: Buffer, fds: Sequence[int] = (), keep_fds: bool = False
     ) -> Message:
         try:
-            reply = self._connection.request(command, parts, fds)
+            reply = self._connection.request(command, parts, fds, keep_fds=keep_fds)
         except ConnectionLostError as error:
             raise DeviceError(errno.ENOTCONN, f"{self.name}: {what}: {error.strerror}") from None
         if reply.error:
             reply.close_fds()
             raise DeviceError(reply.error, f"{self.name}: {what}: {os.strerror(reply.error)}")
-        if reply.fds and not keep_fds:
-            reply.close_fds()
         return reply
 
     def _checked(self, what: str, read: Callable[[memoryview], _T], body: Buffer) -> _T:

@@ -29,6 +29,7 @@ __all__ = [
     "FLAG_NO_REPLY",
     "FLAG_REPLY",
     "FLAG_TYPE_MASK",
+    "HEADER",
     "HEADER_SIZE",
     "IOMMU_DIRTY_REPORT",
     "IOMMU_DIRTY_START",
@@ -55,6 +56,8 @@ __all__ = [
 ]
 
 HEADER_SIZE: Final = 16
+HEADER: Final = struct.Struct("<HHIII")
+"""Members of `Header`, for who makes many."""
 
 FLAG_TYPE_MASK: Final = 0xF
 FLAG_REPLY: Final = 0x1
@@ -116,7 +119,6 @@ class Command(IntEnum):
     MIG_DATA_WRITE = 18
 
 
-_HEADER = struct.Struct("<HHIII")
 _VERSION = struct.Struct("<HH")
 _TWO = struct.Struct("<II")
 _DMA_MAP = struct.Struct("<IIQQQ")
@@ -142,12 +144,12 @@ class Header(NamedTuple):
 
     def pack(self) -> bytes:
         """Return the 16 bytes."""
-        return _HEADER.pack(*self)
+        return HEADER.pack(*self)
 
     @classmethod
     def unpack(cls, data: Buffer, limit: int) -> Header:
         """Read 16 bytes; ValueError if the size is not 16 … `limit`, or if it is neither command nor reply."""
-        header = cls(*_HEADER.unpack_from(data))
+        header = cls._make(HEADER.unpack_from(data))
         if not HEADER_SIZE <= header.size <= limit:
             raise ValueError(f"a message of {header.size} bytes, {HEADER_SIZE} to {limit} are possible")
         if header.flags & FLAG_TYPE_MASK > FLAG_REPLY:
@@ -299,7 +301,7 @@ class RegionAccess(NamedTuple):
     @classmethod
     def unpack(cls, body: Buffer) -> RegionAccess:
         """Read the fixed part."""
-        return cls(*unpack_fixed(_REGION_ACCESS, body, "region access"))
+        return cls._make(unpack_fixed(_REGION_ACCESS, body, "region access"))
 
 
 class Feature(NamedTuple):

@@ -311,9 +311,10 @@ class VfioUserServer:
             raise OSError(errno.EINVAL, f"no operation on feature {number}")
         room = request.argsz - codec.FEATURE_SIZE
         answer = self._feature_get(number, payload, room)
-        if room < len(answer):
-            raise OSError(errno.EINVAL, f"argsz {request.argsz} for an answer of {len(answer)} bytes")
-        return [Feature(codec.FEATURE_SIZE + len(answer), request.flags).pack(), answer], ()
+        size = sum(len(part) for part in answer)
+        if room < size:
+            raise OSError(errno.EINVAL, f"argsz {request.argsz} for an answer of {size} bytes")
+        return [Feature(codec.FEATURE_SIZE + size, request.flags).pack(), *answer], ()
 
     def _operations(self, number: int) -> int:
         """Return which operations a feature has: FEATURE_GET, FEATURE_SET; none where it is not there."""
@@ -357,33 +358,33 @@ class VfioUserServer:
                 self._device.iommu_dirty_stop()
         return payload
 
-    def _feature_get(self, number: int, payload: memoryview, room: int) -> Buffer:
+    def _feature_get(self, number: int, payload: memoryview, room: int) -> Sequence[Buffer]:
         match number:
             case DeviceFeature.MIGRATION:
-                return vfio.pack_migration_flags(self._device.migration_flags)
+                return [vfio.pack_migration_flags(self._device.migration_flags)]
             case DeviceFeature.MIG_DEVICE_STATE:
-                return vfio.pack_device_state(self._device.get_state(), 0)
+                return [vfio.pack_device_state(self._device.get_state(), 0)]
             case DeviceFeature.MIG_DATA_SIZE:
-                return vfio.pack_data_size(self._device.stop_copy_length())
+                return [vfio.pack_data_size(self._device.stop_copy_length())]
             case codec.PRECOPY_INFO:
                 if self._device.get_state() not in PRECOPY_STATES:
                     raise OSError(errno.EINVAL, "the device is not in PRE_COPY")
-                return self._device.precopy_info().pack()
+                return [self._device.precopy_info().pack()]
             case codec.WRITE_JOURNAL:
                 iova, length = vfio.unpack_fixed(_JOURNAL_QUERY, payload, "WRITE_JOURNAL")
-                return self._device.write_journal(iova, length, max(room, 0) // JOURNAL_ROW.itemsize)
+                return [self._device.write_journal(iova, length, max(room, 0) // JOURNAL_ROW.itemsize)]
             case codec.IOMMU_DIRTY_REPORT:
                 return self._report(LoggingReport.unpack(payload), room, self._device.iommu_dirty_report)
             case _:
                 return self._report(LoggingReport.unpack(payload), room, self._device.logging_report)
 
-    def _report(self, report: LoggingReport, room: int, take: Callable[[int, int, int], Buffer]) -> Buffer:
+    def _report(self, report: LoggingReport, room: int, take: Callable[[int, int, int], Buffer]) -> Sequence[Buffer]:
         vfio.check_logging_report(report)
         size = vfio.bitmap_bytes(report.length, report.page_size)
         # Before the log is read, for reading clears it.
         if size > codec.MAX_BITMAP or room < LoggingReport.SIZE + size:
             raise OSError(errno.EINVAL, f"no room for a bitmap of {size} bytes")
-        return report.pack() + bytes(take(report.iova, report.length, report.page_size))
+        return [report.pack(), take(report.iova, report.length, report.page_size)]
 
 
 def listen(path: Path) -> socket.socket:

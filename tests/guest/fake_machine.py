@@ -14,7 +14,9 @@ from common.guest.boot import parse
 from common.guest.memory import GuestMemory
 from common.guest.vcpu import Vcpu
 from common.ipc.channel import Message, RequestError
+from common.memory import bitmap
 from common.memory.layout import PAGE_SIZE
+from common.memory.packed import union
 from common.memory.ram import GuestRam
 
 AREA = 4 << 20
@@ -373,8 +375,7 @@ class FakeMachine:
         self.pass_time(precopy_ms)
         self.vcpu.pause()
         state = self.vcpu.state_out()
-        words = self.memory.take_log()
-        dirty = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        dirty = bitmap.pages_of(union([self.memory.take_log()], self.ram.layout.pages))
         pages_of_devices = {page for device in self.devices.values() for page in device.dirty}
         moved = set() if lose_vcpu_log else set(dirty.tolist())
         moved |= set() if lose_device_log else pages_of_devices

@@ -11,6 +11,7 @@ from fake_machine import FIRST_AREA, FakeMachine
 from common.guest.programs.pages import WORDS
 from common.guest.programs.program import MESSAGES
 from common.memory.layout import PAGE_SIZE
+from common.memory.packed import union
 
 REGION = 32 << 20
 CLOCK: dict[str, Any] = {"program": "clock", "name": "clock0"}
@@ -88,7 +89,8 @@ def test_a_hotspot_gets_most_writes() -> None:
     machine.run(100)
     machine.memory.start_log()
     machine.pass_time(300)
-    pages = np.unpackbits(machine.memory.take_log().view(np.uint8), bitorder="little")[REGION // PAGE_SIZE :]
+    log = union([machine.memory.take_log()], machine.ram.layout.pages)
+    pages = np.unpackbits(log.view(np.uint8), bitorder="little")[REGION // PAGE_SIZE :]
     assert pages[:256].sum() == 256
     assert 0 < pages[256:2560].sum() < 600
 

@@ -19,7 +19,7 @@ from common.guest.memory import GuestMemory
 from common.guest.service import serve_vcpu
 from common.guest.vcpu import Vcpu
 from common.ipc.channel import Client, Message, RequestError, serve
-from common.memory.bitmap import unpack
+from common.memory.packed import PackedBitmap
 
 DEADLINE = 60.0
 METHODS = ("mmio_read", "mmio_write", "mmio_block_read", "iommu_map", "iommu_unmap", "irq_enable")
@@ -154,7 +154,7 @@ def test_it_runs_and_answers_between_steps(machine: LiveMachine, control: Client
     wait_for(lambda: min(each["steps"] for each in counters(control.call("report")).values()) > 50)
     wait_for(lambda: counters(control.call("report"))["nic0"]["finished"] > 500)
     wait_for(lambda: counters(control.call("report"))["nvme0"]["finished"] > 50)
-    assert unpack(control.call("dirty_log").payload, machine.ram.layout.pages).any()
+    assert PackedBitmap.from_bytes(control.call("dirty_log").payload, machine.ram.layout.pages).count()
     control.call("dirty_log_stop")
     control.call("throttle", percent=50)
     report = control.call("pause")

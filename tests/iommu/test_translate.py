@@ -32,12 +32,12 @@ layouts = st.lists(
 
 @settings(deadline=None)
 @given(layouts, st.sets(st.integers(0, 400)), st.integers(0, 100), st.sampled_from([1, 2, 16]), st.integers(1, 1 << 14))
-def test_like_a_dict_of_pages(layout, bits, base, factor, slice_words):
+def test_like_a_dict_of_pages(layout, bits, base, factor, slice_pages):
     tree, model = tree_of(layout)
     words = empty(448)
     set_pages(words, np.array(sorted(bits), np.int64))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(translate, "_SLICE_WORDS", slice_words)
+        patch.setattr(translate, "_SLICE_PAGES", slice_pages)
         found = dirty_ram_pages(words, base * PAGE_SIZE, factor * PAGE_SIZE, tree.arrays())
     iova_pages = [base + bit * factor + n for bit in sorted(bits) for n in range(factor)]
     hits = [model[page] for page in iova_pages if page in model]
@@ -65,7 +65,7 @@ def test_mark_runs_like_a_set(wanted):
 
 @pytest.mark.parametrize("factor", [1, 4])
 def test_bits_in_every_slice_of_a_large_bitmap(monkeypatch, factor):
-    monkeypatch.setattr(translate, "_SLICE_WORDS", factor)
+    monkeypatch.setattr(translate, "_SLICE_PAGES", factor)
     tree, _ = tree_of([(0, 1000, 5000)])
     words = empty(192)
     set_pages(words, np.array([1, 65, 130]))

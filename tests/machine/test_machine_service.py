@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from common.iommu.iova_tree import Mapping, RamTarget
@@ -26,6 +25,7 @@ from common.machine.record import Ownership, Record
 from common.machine.service import MachineService
 from common.machine.state_changes import StateChanges
 from common.memory import bitmap
+from common.memory.packed import PackedBitmap
 from common.memory.ram import GuestRam
 from common.vfio.feature import PrecopyInfo
 from common.vfio.migration import DeviceState
@@ -87,11 +87,11 @@ class FakeLeaving:
         self.notes.append("pause_vcpus")
         return self.running
 
-    def sync(self) -> dict[str, bitmap.Words]:
+    def sync(self) -> dict[str, PackedBitmap]:
         vcpu, default = bitmap.empty(PAGES), bitmap.empty(PAGES)
         bitmap.set_range(vcpu, 1, 2)
         bitmap.set_range(default, PAGES - 1, 1)
-        return {"vCPU": vcpu, "default": default}
+        return {"vCPU": PackedBitmap.of(vcpu, PAGES), "default": PackedBitmap.of(default, PAGES)}
 
     def rest(self) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Pending]]:
         configs = {"nic0": b"abc", "nic1": b"defgh"}
@@ -264,8 +264,9 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
     change = MappingChange("default", 0x1000, 0x2000, 0x5000, readable=True, writable=False)
     assert client.mapping_changes() == Changes((change,), (change, change))
     report = client.sync()
-    assert bitmap.pages_of(report.sources["vCPU"]).tolist() == [1, 2]
-    assert bitmap.pages_of(report.sources["default"]).tolist() == [PAGES - 1]
+    assert [report.sources["vCPU"].has(page) for page in (0, 1, 2, 3)] == [False, True, True, False]
+    assert report.sources["default"].has(PAGES - 1)
+    assert {name: packed.count() for name, packed in report.sources.items()} == {"vCPU": 2, "default": 1}
     assert bitmap.pages_of(report.union()).tolist() == [1, 2, PAGES - 1]
     assert client.pause_vcpus() is True
     client.quiesce()
@@ -492,6 +493,6 @@ def test_changes_are_true_if_there_are_any() -> None:
 def test_a_bitmap_that_is_too_short_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     client = rig.connect()
     client.begin("5e55")
-    monkeypatch.setattr(FakeLeaving, "sync", lambda _: {"vCPU": np.zeros(3, np.uint64)})
+    monkeypatch.setattr(FakeLeaving, "sync", lambda _: {"vCPU": PackedBitmap.of(bitmap.empty(3), 3)})
     with pytest.raises(ValueError):
         client.sync()

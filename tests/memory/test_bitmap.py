@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import struct
 import threading
 
 import numpy as np
@@ -131,47 +130,6 @@ def test_bytes_of_others_are_checked(case: tuple[int, set[int]]) -> None:
             DirtyBitmap(pages).merge(words)
 
 
-@given(small)
-def test_a_packed_bitmap_comes_back(case: tuple[int, set[int]]) -> None:
-    pages, numbers = case
-    words = with_pages(pages, numbers)
-    packed = bitmap.pack(words)
-    assert len(packed) <= 16 + words.nbytes
-    again = bitmap.unpack(packed, pages)
-    assert np.array_equal(again, words) and again.flags.writeable
-    for wrong in (packed[:-1], packed + b"\0", b""):
-        with pytest.raises(ValueError):
-            bitmap.unpack(wrong, pages)
-    with pytest.raises(ValueError, match="words"):
-        bitmap.unpack(packed, pages + 64)
-
-
-def test_few_bits_of_a_large_bitmap_are_few_bytes() -> None:
-    pages = 1 << 28
-    words = with_pages(pages, {0, 63, 5 << 21, pages - 1})
-    packed = bitmap.pack(words)
-    assert len(packed) == 16 + 3 * 12
-    assert np.array_equal(bitmap.unpack(packed, pages), words)
-
-
-@pytest.mark.parametrize(
-    ("given_words", "positions"), [([1, 1], [3, 3]), ([1, 1], [3, 2]), ([1], [4]), ([1 << 7], [3]), ([1] * 5, [0] * 5)]
-)
-def test_packed_words_of_others_are_checked(given_words: list[int], positions: list[int]) -> None:
-    pages = 3 * 64 + 7
-    data = struct.pack("<QQ", 4, len(given_words))
-    data += np.array(given_words, "<u8").tobytes() + np.array(positions, "<u4").tobytes()
-    with pytest.raises(ValueError):
-        bitmap.unpack(data, pages)
-
-
-@given(st.lists(small, max_size=3))
-def test_the_union_of_bitmaps(cases: list[tuple[int, set[int]]]) -> None:
-    pages = max((pages for pages, _ in cases), default=0)
-    found = bitmap.union([with_pages(pages, numbers) for _, numbers in cases], pages)
-    assert bitmap.pages_of(found).tolist() == sorted(set().union(*(numbers for _, numbers in cases)))
-
-
 def test_dirty_bitmap_is_the_union_of_what_was_marked() -> None:
     dirty = DirtyBitmap(200)
     assert not dirty.any()
@@ -226,26 +184,6 @@ def test_no_bit_is_lost_between_writers_and_a_reader() -> None:
         marked[bitmap.pages_of(dirty.take())] += 1
     marked[bitmap.pages_of(dirty.take())] += 1
     assert (marked == 1).all()
-
-
-def test_a_packed_bitmap_of_the_wrong_size_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^a packed bitmap of 3 bytes$"):
-        bitmap.unpack(bytes(3), 64)
-    with pytest.raises(ValueError, match=r"^5 words of a packed bitmap in 16 bytes$"):
-        bitmap.unpack(struct.pack("<QQ", 64, 5), 64 * 64)
-
-
-def test_packed_words_in_any_other_order_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^the words of a packed bitmap are not in order$"):
-        bitmap.unpack(struct.pack("<QQ3Q3I", 64, 3, 1, 1, 1, 0, 2, 1), 64 * 64)
-
-
-def test_a_union_of_bitmaps_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bitmap, "_BLOCK", bitmap._GROUP)
-    pages = 3 * GROUP_PAGES + 640
-    parts = [with_pages(pages, {5, 600, pages - 1}), with_pages(pages, {6, GROUP_PAGES, pages - 2})]
-    found = bitmap.union(parts, pages)
-    assert np.array_equal(found, with_pages(pages, {5, 6, 600, GROUP_PAGES, pages - 2, pages - 1}))
 
 
 def test_a_page_past_the_last_word_is_refused() -> None:

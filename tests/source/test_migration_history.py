@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.memory import bitmap
+from common.memory.packed import PackedBitmap
 from source.history import History
 
 PAGES = 1000
@@ -23,7 +24,7 @@ def test_remembers_rounds_and_reports_of_every_page(sent: list[set[int]], report
     for number, pages in enumerate(sent, 1):
         history.sent(number, words(pages))
     for number, pages in enumerate(reported):
-        history.reported(number, f"container{number}", words(pages))
+        history.reported(number, f"container{number}", PackedBitmap.of(words(pages), PAGES))
     for page in {asked, *(page for pages in (*sent, *reported) for page in pages)}:
         # Round 0 sends everything.
         assert history.rounds_that_sent(page) == [0, *(n for n, pages in enumerate(sent, 1) if page in pages)]
@@ -37,7 +38,7 @@ def test_what_is_told_later_does_not_change_what_was_told() -> None:
     history = History()
     dirty = words({7})
     history.sent(1, dirty)
-    history.reported(0, "vCPU", dirty)
+    history.reported(0, "vCPU", PackedBitmap.of(dirty, PAGES))
     dirty[:] = 0
     assert history.rounds_that_sent(7) == [0, 1]
     assert history.reports_of(7) == ["after round 0: vCPU"]

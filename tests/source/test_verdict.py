@@ -10,6 +10,7 @@ from switchover.v1 import host_pb2, migration_pb2
 from common.machine.device import Digest
 from common.memory import bitmap
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, HIGH_START, LOW_END, PAGE_SIZE, Layout
+from common.memory.packed import PackedBitmap
 from source.history import History
 from source.verdict import (
     EXPLAINED_PAGES,
@@ -64,8 +65,8 @@ def test_a_page_is_explained_by_its_history() -> None:
     dirty = bitmap.empty(LAYOUT.pages)
     bitmap.set_range(dirty, 5, 1)
     history.sent(1, dirty)
-    history.reported(0, "default", dirty)
-    history.reported(1, "default", bitmap.empty(LAYOUT.pages))
+    history.reported(0, "default", PackedBitmap.of(dirty, LAYOUT.pages))
+    history.reported(1, "default", PackedBitmap.of(bitmap.empty(LAYOUT.pages), LAYOUT.pages))
     result = host_pb2.MigrationResult()
     with pytest.raises(DataLossError, match="the first at GPA 0x5000; it could have been written by: vcpu, nic0 at"):
         judge_memory(
