@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
@@ -24,7 +24,6 @@ from common.host.ownership import COMMITTED, REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.logs import enter_session
 from common.machine.client import MachineClient
-from common.machine.device import Digest
 from common.machine.launch import launch
 from common.machine.record import Ownership
 from common.memory.layout import PAGE_SIZE
@@ -37,11 +36,11 @@ from destination.handover import Event
 from destination.lane_port import LanePort
 from destination.lanes import Lanes
 from destination.loading import Loading, check_whole
+from destination.readback import ReadBack
 from destination.refusal import bad
 from destination.request import changes, check_memory, describe, find_devices, rest
 from destination.streams import OLD_GENERATION, OpenStreams
 from destination.tcp_lane import receive_batches
-from destination.verifier import Verifier, compare_devices
 
 __all__ = ["Arrival"]
 
@@ -50,8 +49,6 @@ WATCH_SECONDS = 1.0
 STREAM_SECONDS = 5.0
 # So long a source may read its RAM before it asks for the deferred verdict.
 VERDICT_SECONDS, VERDICT_SECONDS_PER_GIB = 120.0, 2.0
-# Most of a device that is read in the blackout for a deferred verdict, which is to be short.
-DEFERRED_BYTES = 64 << 20
 # That a source may notice later than we do that the network is gone: it begins to wait only then.
 NOTICE_SECONDS = 10.0
 
@@ -96,11 +93,9 @@ class Arrival:
         self._prepared = False
         self._active_at = time.monotonic()
         self._held = ExitStack()
-        self._verifier: Verifier | None = None
+        self._readback: ReadBack | None = None
         self._machine: MachineClient | None = None
         self._devices: dict[str, Loading] = {}
-        self._device_digests: dict[str, Digest] = {}
-        self._reading: Future[None] | None = None
         self._paused = False
         self._revoked_for = ""
         self.failure = ""
@@ -147,12 +142,10 @@ class Arrival:
         for first, count in zip(request.data_first, request.data_pages, strict=True):
             self._ram.populate(first, count)
         self._lanes.applier = applier = Applier(self._ram)
-        if self._verify != Verify.VERIFY_MODE_OFF:
-            self._verifier = Verifier(self._ram, applier, early=self._verify == Verify.VERIFY_MODE_DEFERRED)
+        self._readback = ReadBack(self._verify, self._ram, applier, machine, self._pool)
         machine.enter_resuming()
         self._devices = {device.name: Loading(device.has_precopy) for device in machine.devices()}
-        if self._verifier is not None:
-            self._verifier.wait_until_ready()
+        self._readback.wait_until_ready()
         if request.lane_kind == migration_pb2.LANE_KIND_TCP:
             self._lane_port = self._listen()
         return migration_pb2.PrepareResponse(
@@ -278,24 +271,17 @@ class Arrival:
         self._check_complete(request)
         self._run = vcpu["runs"] + 1
         assert self._machine is not None
+        assert self._readback is not None
         self._paused = request.paused
-        reading = None
-        if self._verify == Verify.VERIFY_MODE_DEFERRED and self._verifier is not None:
-            reading = self._pool.submit(self._verifier.complete)
+        self._readback.before_loading()
         hooks.reach("destination.finish")
         try:
             self._machine.load(vcpu, configs, paused=request.paused)
-            if self._verify == Verify.VERIFY_MODE_STRICT and self._verifier is not None:
-                # After the devices have validated their state: what one of them wrote meanwhile is read too.
-                reading = self._pool.submit(self._verifier.read_all)
-            if reading is not None and self._verify == Verify.VERIFY_MODE_DEFERRED:
-                self._device_digests = self._digest_devices()
-                reading.result()
+            self._readback.after_loading(self._devices)
         except BaseException as error:
             # A device that has refused its state is reset. Asked once more, it would seem to have taken it.
             self.lose(f"it could not be loaded: {error}")
             raise
-        self._reading = reading
         with self._decision:
             self._expect(handover.PREPARING)
             self.state = handover.after(self.state, Event.LOADED)
@@ -311,43 +297,15 @@ class Arrival:
     def verify(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Compare with what is read back from RAM and devices: now (strict), or as read before the start (deferred)."""
         with self._finishing:  # two that read one device at once would read neither right
-            return self._compare(request)
-
-    def _compare(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
-        verifier = self._verifier
-        if verifier is None or self._reading is None:
-            why = "verification is off" if self._verify == Verify.VERIFY_MODE_OFF else "nothing has been read back"
-            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", why)
-        if self._verify == Verify.VERIFY_MODE_STRICT:
-            self._expect(handover.READY)
-            self._device_digests = self._digest_devices()
-        self._active_at = time.monotonic()
-        self._reading.result()
-        try:
-            strict = self._verify == Verify.VERIFY_MODE_STRICT
-            mismatches = verifier.compare(request.chunk_digests, pages=strict)
-        except ValueError as error:
-            raise bad(str(error)) from error
-        if self._verify == Verify.VERIFY_MODE_DEFERRED:
-            self._let_go()
-        differing, compared = compare_devices(self._device_digests, request.devices)
-        return migration_pb2.VerifyResponse(
-            chunks=len(request.chunk_digests) // 8,
-            mismatches=mismatches,
-            devices=differing,
-            compared_devices=compared,
-        )
-
-    def _digest_devices(self) -> dict[str, Digest]:
-        return dict(zip(self._devices, self._pool.map(self._digest, self._devices), strict=True))
-
-    def _digest(self, name: str) -> Digest:
-        assert self._machine is not None
-        machine = self._machine.another()
-        try:
-            return machine.digest(name, DEFERRED_BYTES if self._verify == Verify.VERIFY_MODE_DEFERRED else None)
-        finally:
-            machine.close()
+            if self._verify == Verify.VERIFY_MODE_STRICT:
+                self._expect(handover.READY)
+            self._active_at = time.monotonic()
+            if self._readback is None:
+                raise bad("the session is not prepared yet")
+            compared = self._readback.compare(request)
+            if self._verify == Verify.VERIFY_MODE_DEFERRED:
+                self._let_go()
+            return compared
 
     # handover: each decision is on disk before anyone acts on it
 
@@ -483,9 +441,8 @@ class Arrival:
 
     def _let_go(self) -> None:
         """Let go of RAM and of what read it back: nothing is applied or compared after this."""
-        verifier, self._verifier = self._verifier, None
-        if verifier is not None:
-            verifier.close()
+        if self._readback is not None:
+            self._readback.close()
         self._held.close()
 
     # what every call uses
@@ -561,7 +518,8 @@ class Arrival:
         After COMMIT let go of what is kept for a verdict that nobody asks for any more.
         """
         enter_session(self.session_id)
-        while self._verifier is not None or self.state in (handover.PREPARING, handover.READY):
+        assert self._readback is not None
+        while self._readback.is_kept or self.state in (handover.PREPARING, handover.READY):
             time.sleep(WATCH_SECONDS)
             if self._streams or self._finishing.locked():
                 self._active_at = time.monotonic()

@@ -10,12 +10,11 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -33,22 +32,20 @@ from common.memory.bitmap import Words
 from common.rpc import versions
 from common.rpc.channel import open_bulk_channel, open_channel
 from common.rpc.errors import PeerError, peer_error
-from source import handover
+from source import handover, lane_kinds
 from source.account import Account
+from source.calls import Calls
 from source.clock import guest_gap_ms, measure
 from source.commit import Handover, ResolvedError, RevokedError, write_down
 from source.counterparts import check_counterparts
 from source.failures import CancelledError, NotConvergedError, explain
-from source.grpc_lane import GrpcLane
 from source.history import History
 from source.lane_stats import LaneStats
-from source.lanes import OnApplied, OpenLane
 from source.limiter import Limiter
 from source.policy import Action, Limits, RoundFacts, decide
-from source.reconnect import Connection, Link
+from source.reconnect import Link
 from source.state_streams import DeviceStream
 from source.streams import Streams
-from source.tcp_lane import LanePort, TcpLane
 from source.verdict import DataLossError
 from source.verifier import Verifier
 
@@ -64,8 +61,6 @@ OWNERS = {Ownership.OWNER: "source", Ownership.COMMITTING: "undecided", Ownershi
 _log = structlog.get_logger()
 LaneKind = migration_pb2.LaneKind
 Verify = migration_pb2.VerifyMode
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
 
 
 class Migration:
@@ -87,8 +82,6 @@ class Migration:
         )
         self._limiter = Limiter(request.bandwidth_limit or None)
         self._history = History()
-        self._ending = threading.Event()
-        self._ended_by: Exception | None = None  # cancelled, or out of time
         self._ownership = Ownership.OWNER
         self._pool = ThreadPoolExecutor(
             max_workers=32, thread_name_prefix="migration", initializer=enter_session, initargs=(session_id,)
@@ -97,12 +90,12 @@ class Migration:
         self._verifier: Verifier | None = None
         self._held = ExitStack()
         self._prepared = False
-        self._call: grpc.Future[Any] | None = None
         self._machine = host.machine.another()
         self._channel = open_channel(self._address, host.security.channel)
         self._stub = migration_pb2_grpc.MigrationServiceStub(self._channel)
         self._account = Account(host.events, session_id, request, self._tell_progress)
         self._link = Link(self._stub, session_id, self._account.say, self._lost)
+        self._calls = Calls(self._link, lambda: self._ownership is Ownership.OWNER)
         record = host.record()
         assert record is not None
         self._incarnation = record.incarnation + 1
@@ -125,17 +118,14 @@ class Migration:
         self._end(CancelledError(why))
 
     def _end(self, failure: Exception) -> None:
-        if self._ownership is Ownership.OWNER:
-            self._ended_by = self._ended_by or failure
-            self._ending.set()
+        if self._calls.end(failure):
             self._interrupt(failure)
 
     def _interrupt(self, failure: Exception) -> None:
         """Let whoever sends or waits for the destination fail."""
         self._limiter.lift()
         self._link.interrupt(failure)
-        if self._call is not None:
-            self._call.cancel()
+        self._calls.interrupt()
         if self._open_streams is not None:
             self._open_streams.interrupt(failure)
 
@@ -206,7 +196,7 @@ class Migration:
         data_first, data_pages = self._ram.data_runs()
         mapping = self._pool.submit(self._ram.map_data, (data_first, data_pages))
         self._held.callback(lambda: mapping.cancelled() or mapping.exception())  # before RAM is let go
-        prepared = self._answer_once(
+        prepared = self._calls.ask_once(
             self._stub.Prepare,
             migration_pb2.PrepareRequest(
                 session_id=self.session_id,
@@ -229,14 +219,14 @@ class Migration:
         self._agree(prepared)
         check_counterparts(devices, prepared.devices)
         mapping.result()
-        self._check()
+        self._calls.check()
         self._account.tracks(machine.start_tracking())
         machine.enter_precopy()
         open_bulk = partial(open_bulk_channel, self._address, self._host.security.channel)
         self._open_streams = Streams(
             self._stub,
             open_bulk,
-            self._lane_opener(open_bulk),
+            lane_kinds.opener(open_bulk, self.session_id, self._request, self._host.security, self._limiter),
             self._link,
             self.session_id,
             self._request,
@@ -248,7 +238,7 @@ class Migration:
             self._limiter,
             self._account.meter.applied,
         )
-        self._check()
+        self._calls.check()
         self._send_mappings()
 
     def _agree(self, prepared: migration_pb2.PrepareResponse) -> None:
@@ -269,26 +259,6 @@ class Migration:
             lane_tokens=prepared.lane_tokens,
         )
         self._link.open(begins, self._request.reconnect_s if versions.RECONNECT in prepared.features else 0.0)
-
-    def _lane_opener(self, open_bulk: Callable[[], grpc.Channel]) -> OpenLane:
-        """Return what opens a page lane."""
-        session_id, limiter = self.session_id, self._limiter
-        if self._request.lane_kind != LaneKind.LANE_KIND_TCP:
-            return lambda number, connection, applied: GrpcLane(
-                open_bulk, session_id, number, connection, limiter, applied
-            )
-        host = self._address.rpartition(":")[0].strip("[]")
-        context = self._host.security.lane_client
-
-        def open_tcp(number: int, connection: Connection, applied: OnApplied) -> TcpLane:
-            begins = connection.begins
-            if len(begins.lane_tokens) != len(begins.lanes):
-                raise ConnectionError(f"{self._address} takes no page lanes of the kind tcp")
-            port = LanePort(host, begins.lane_port, context)
-            last = begins.lanes[number].applied_sequence
-            return TcpLane(port, begins.lane_tokens[number], last, limiter, applied)
-
-        return open_tcp
 
     @property
     def _streams(self) -> Streams:
@@ -314,7 +284,7 @@ class Migration:
             facts = self._look(number, stats)
             decision = decide(self._account.facts, self._limits)
             self._account.round_decided(facts, stats, self._streams.compression, decision)
-            self._check()
+            self._calls.check()
             if decision.action is Action.SWITCH_OVER:
                 return
             if decision.action is Action.GIVE_UP:
@@ -322,7 +292,7 @@ class Migration:
             if decision.action is Action.THROTTLE:
                 self._machine.throttle(decision.throttle_percent)
             elif not facts.dirty_bytes:
-                self._ending.wait(WAIT_SECONDS)
+                self._calls.ending.wait(WAIT_SECONDS)
             number += 1
             pages = bitmap.runs_of(self._dirty)
             self._history.sent(number, self._dirty)
@@ -368,7 +338,7 @@ class Migration:
     def _switchover(self) -> None:
         # Now, and not in setup: two clocks drift apart by a downtime in an hour or so.
         self._clock = measure(
-            lambda: self._answer(self._stub.ReadClock, migration_pb2.ReadClockRequest(), CALL_SECONDS).monotonic_ns
+            lambda: self._calls.ask(self._stub.ReadClock, migration_pb2.ReadClockRequest(), CALL_SECONDS).monotonic_ns
         )
         for stream in self._streams.devices:
             stream.end_precopy()
@@ -411,11 +381,11 @@ class Migration:
         # The guest's clock goes on where it stopped, on a host whose own clock counts from another moment.
         rest.vcpu["clock_offset_ns"] -= self._clock.offset_ns
         request = self._streams.finish_request(self.session_id, rest, paused=not self._running)
-        self._answer(self._stub.Finish, request, self._long_call_s)
+        self._calls.ask(self._stub.Finish, request, self._long_call_s)
 
     def _compare(self, verifier: Verifier) -> None:
         request = verifier.read(self.session_id, [stream.device.name for stream in self._streams.devices])
-        response = self._answer(self._stub.Verify, request, self._long_call_s)
+        response = self._calls.ask(self._stub.Verify, request, self._long_call_s)
         verifier.judge(response, self._history, self._account.result)
 
     # handover: the record first, then COMMIT, and from then on only the destination's word counts.
@@ -423,7 +393,7 @@ class Migration:
     def _handover(self) -> None:
         self._account.phase("handover")
         hooks.reach("source.handover")
-        self._check()
+        self._calls.check()
         began = time.monotonic()
         self._decide(handover.Event.BEGIN)
         hooks.reach("source.committing")
@@ -484,8 +454,8 @@ class Migration:
         result = self._account.result
         # After REVOKED, or if an operator has said so, this host is the owner again.
         before_commit = self._ownership is Ownership.OWNER
-        if before_commit and self._ended_by is not None:
-            error = self._ended_by
+        if before_commit and self._calls.ended_by is not None:
+            error = self._calls.ended_by
         result.result = "cancelled" if isinstance(error, CancelledError) else "failed"
         if before_commit or isinstance(error, DataLossError):
             result.verified = "false"
@@ -513,7 +483,7 @@ class Migration:
             _log.error("the machine did not take the end of the migration", message=str(error))
         self._close_streams(abort=True)
         # A cancelled Prepare may be under way there.
-        if self._prepared or self._ended_by is not None:
+        if self._prepared or self._calls.ended_by is not None:
             try:
                 self._stub.Abort(
                     migration_pb2.AbortRequest(session_id=self.session_id, reason=why), timeout=CALL_SECONDS
@@ -552,39 +522,6 @@ class Migration:
         self._host.metrics.ended(result)
         _log.info("migration ended", result=result.result, owner=result.owner, reason=result.reason, error=result.error)
         self._account.close()
-
-    # What every phase uses.
-
-    def _check(self) -> None:
-        if self._ended_by is not None:
-            raise self._ended_by
-
-    def _answer(self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float) -> Answer:
-        """Ask the destination what it may be asked again; wait for as long, or until `cancel`."""
-        while True:
-            connection = self._link.current
-            try:
-                return self._answer_once(ask, request, seconds)
-            except PeerError as failure:
-                if self._ownership is not Ownership.OWNER:
-                    raise
-                self._link.restore(connection, failure)
-
-    def _answer_once(
-        self, ask: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request, seconds: float
-    ) -> Answer:
-        """Ask once; whatever the call fails with is a `PeerError`."""
-        self._call = call = ask.future(request, timeout=seconds)
-        if self._ownership is Ownership.OWNER:
-            self._check()
-        try:
-            answer = call.result()
-        except grpc.RpcError as error:
-            raise peer_error(error) from error
-        except grpc.FutureCancelledError:
-            raise (self._ended_by or CancelledError("cancelled")) from None
-        self._call = None
-        return answer
 
 
 def _stop_copies(streams: Sequence[DeviceStream]) -> None:

@@ -44,6 +44,7 @@ from common.rpc.lane_frame import (
 )
 from common.rpc.page_batch import serialize
 from destination import migration as arrival_module
+from destination import readback
 from destination.handover import COMMITTED, PREPARING, READY, REVOKED, RUNNING, STARTING
 from destination.service import MigrationServicer
 
@@ -276,7 +277,7 @@ class Rig:
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     made = Rig(tmp_path)
     monkeypatch.setattr(arrival_module, "launch", made.launch)
-    monkeypatch.setattr(arrival_module, "Verifier", FakeVerifier)
+    monkeypatch.setattr(readback, "Verifier", FakeVerifier)
     monkeypatch.setattr(FakeVerifier, "made", [])
     yield made
     made.servicer.close()
@@ -941,7 +942,7 @@ def test_nothing_is_compared_once_its_machine_has_settled(rig: Rig) -> None:
     rig.ready(verify=pb.VERIFY_MODE_STRICT)
     rig.commit()
     rig.settled()
-    assert refused(lambda: verify(rig)) == "NOT_READ: nothing has been read back"
+    assert refused(lambda: verify(rig)) == "WRONG_STATE: the session is RUNNING"
     (verifier,) = FakeVerifier.made
     assert verifier.calls == ["read_all", "close"]
 

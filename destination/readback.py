@@ -1,0 +1,108 @@
+"""What is read back from RAM and devices when all has arrived, and compared with what the source has.
+
+Strict: in the blackout, after the devices have validated their state. Deferred: RAM before the machine runs, as it
+arrives, devices in the blackout; the source asks for the verdict when the machine runs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from concurrent.futures import Executor, Future
+
+import grpc
+from switchover.v1 import migration_pb2
+
+from common.machine.client import MachineClient
+from common.machine.device import Digest
+from common.memory.pages import Applier
+from common.memory.ram import GuestRam
+from common.rpc.errors import RefusalError
+from destination.refusal import bad
+from destination.verifier import Verifier, compare_devices
+
+__all__ = ["ReadBack"]
+
+# Most of a device that is read in the blackout for a deferred verdict, which is to be short.
+DEFERRED_BYTES = 64 << 20
+Verify = migration_pb2.VerifyMode
+
+
+class ReadBack:
+    """One arrival's: `before_loading`, then `after_loading`, then `compare`; `close` at any time."""
+
+    def __init__(
+        self, mode: Verify.ValueType, ram: GuestRam, applier: Applier, machine: MachineClient, pool: Executor
+    ) -> None:
+        self._mode = mode
+        self._deferred = mode == Verify.VERIFY_MODE_DEFERRED
+        self._machine = machine
+        self._pool = pool
+        self._reading: Future[None] | None = None
+        self._devices: Collection[str] = ()
+        self._digests: dict[str, Digest] = {}
+        self._verifier: Verifier | None = None
+        if mode != Verify.VERIFY_MODE_OFF:
+            self._verifier = Verifier(ram, applier, early=self._deferred)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether somebody may still ask for a comparison."""
+        return self._verifier is not None
+
+    def wait_until_ready(self) -> None:
+        """Return when RAM can be read without further delay."""
+        if self._verifier is not None:
+            self._verifier.wait_until_ready()
+
+    def before_loading(self) -> None:
+        """RAM is whole."""
+        if self._deferred and self._verifier is not None:
+            self._reading = self._pool.submit(self._verifier.complete)
+
+    def after_loading(self, devices: Collection[str]) -> None:
+        """These devices have their state; return when the machine may run."""
+        self._devices = devices
+        if self._verifier is None:
+            return
+        if not self._deferred:
+            # Only now: what a device wrote as it validated its state is read too.
+            self._reading = self._pool.submit(self._verifier.read_all)
+        elif self._reading is not None:
+            self._digests = self._digest_devices()
+            self._reading.result()
+
+    def compare(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
+        """Return what differs from what the source has; `RefusalError` if nothing was read, or it sent no digests."""
+        if self._verifier is None or self._reading is None:
+            why = "verification is off" if self._mode == Verify.VERIFY_MODE_OFF else "nothing has been read back"
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", why)
+        if not self._deferred:
+            self._digests = self._digest_devices()
+        self._reading.result()
+        try:
+            mismatches = self._verifier.compare(request.chunk_digests, pages=not self._deferred)
+        except ValueError as error:
+            raise bad(str(error)) from error
+        differing, compared = compare_devices(self._digests, request.devices)
+        return migration_pb2.VerifyResponse(
+            chunks=len(request.chunk_digests) // 8,
+            mismatches=mismatches,
+            devices=differing,
+            compared_devices=compared,
+        )
+
+    def close(self) -> None:
+        """Let go of RAM: nothing is compared after this."""
+        verifier, self._verifier = self._verifier, None
+        if verifier is not None:
+            verifier.close()
+
+    def _digest_devices(self) -> dict[str, Digest]:
+        return dict(zip(self._devices, self._pool.map(self._digest, self._devices), strict=True))
+
+    def _digest(self, name: str) -> Digest:
+        machine = self._machine.another()
+        try:
+            return machine.digest(name, DEFERRED_BYTES if self._deferred else None)
+        finally:
+            machine.close()
