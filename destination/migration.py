@@ -98,6 +98,7 @@ class Arrival:
         self._devices: dict[str, Loading] = {}
         self._paused = False
         self._revoked_for = ""
+        self._refused_with = "WRONG_STATE"
         self.failure = ""
         self.guest_gap_us: int | None = None
 
@@ -280,7 +281,7 @@ class Arrival:
             self._readback.after_loading(self._devices)
         except BaseException as error:
             # A device that has refused its state is reset. Asked once more, it would seem to have taken it.
-            self.lose(f"it could not be loaded: {error}")
+            self.lose(f"it could not be loaded: {error}", "CANNOT_LOAD")
             raise
         with self._decision:
             self._expect(handover.PREPARING)
@@ -454,7 +455,7 @@ class Arrival:
         if self.state not in states:
             name = handover.State.Name(self.state).removeprefix("SESSION_STATE_")
             why = f": {self._revoked_for}" if self._revoked_for else ""
-            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "WRONG_STATE", f"the session is {name}{why}")
+            raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, self._refused_with, f"the session is {name}{why}")
 
     @property
     def is_streaming(self) -> bool:
@@ -486,7 +487,7 @@ class Arrival:
             raise
         except (ClosedError, RequestError, OSError) as error:
             if isinstance(error, ClosedError | RequestError):
-                self.lose(str(error))
+                self.lose(str(error), "CANNOT_LOAD")
             else:
                 self.broken(generation, str(error))
             # Whoever fails because the session has ended says why it has.
@@ -501,9 +502,13 @@ class Arrival:
             _log.info("stream lost", generation=generation, reason=why, waits_s=self._reconnect_s)
             self._broken = True
 
-    def lose(self, why: str) -> None:
-        """Revoke a session that cannot go on; after COMMIT it needs no source any more."""
+    def lose(self, why: str, reason: str = "WRONG_STATE") -> None:
+        """Revoke a session that cannot go on; after COMMIT it needs no source any more.
+
+        `reason` is what whoever comes then is refused with: its source may hear of it from any of its streams first.
+        """
         if self.state in (handover.PREPARING, handover.READY):
+            self._refused_with = reason
             try:
                 self.revoke(why)
             except ValueError:
