@@ -15,6 +15,7 @@ from common.memory.allocator import tune_allocator
 BENCHMARKS: dict[str, Callable[[int], None]] = {
     "idle": cost.idle,
     "growth": cost.growth,
+    "sparse": cost.sparse,
     "memory": cost.memory,
     "downtime": downtime.downtime,
     "large": tracking.large,

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from common.memory import bitmap, runs
+from common.memory import runs
 from common.memory.pages import PageBatch, split_lanes
 from common.memory.runs import Runs
 from common.rpc.errors import PeerError
@@ -101,26 +101,24 @@ class _Sender:
         link: Link,
         open_lane: OpenLane,
         packer: Packer,
-        pages: int,
         on_applied: Callable[[int, int], None],
     ) -> None:
         self._number = number
         self._link = link
         self._open = open_lane
         self._packer = packer
-        self._pages = pages
         self._on_applied = on_applied
-        self._acked = bitmap.empty(0)  # pages of the round that goes on
+        self._acked: list[Runs] = []  # of the round that goes on
         self._connection = link.current
         self.lane = open_lane(number, self._connection, self._applied)
 
     def _applied(self, pages: Runs, size: int) -> None:
-        bitmap.set_runs(self._acked, pages)
+        self._acked.append(pages)
         self._on_applied(runs.total(pages), size)
 
     def send(self, pages: Runs, data: Runs, number: int) -> LaneStats:
         """Send the lane's pages of a round; return when they are applied."""
-        self._acked = bitmap.empty(self._pages)
+        self._acked.clear()
         stats = LaneStats()
         left = pages
         while True:
@@ -131,7 +129,7 @@ class _Sender:
                 lane.drain()
             except PeerError as failure:
                 self._reopen(failure)
-                left = runs.subtract(pages, bitmap.runs_of(self._acked))
+                left = runs.subtract(pages, runs.union(*self._acked))
             else:
                 return stats
 
@@ -160,14 +158,13 @@ class PageLanes:
         link: Link,
         open_lane: OpenLane,
         packer: Packer,
-        pages: int,
         on_applied: Callable[[int, int], None],
     ) -> None:
-        """Open the lanes of a RAM of `pages` pages; `on_applied` is told (pages, bytes) of every ack."""
+        """`on_applied` is told (pages, bytes) of every ack."""
         self._senders: list[_Sender] = []
         try:
             for number in range(count):
-                self._senders.append(_Sender(number, link, open_lane, packer, pages, on_applied))
+                self._senders.append(_Sender(number, link, open_lane, packer, on_applied))
         except BaseException:
             for sender in self._senders:
                 sender.lane.close(abort=True)

@@ -52,7 +52,7 @@ class Streams:
                 self._packer.applied(pages, size)
                 on_applied(pages, size)
 
-            self.lanes = PageLanes(request.lanes, link, open_lane, self._packer, ram.layout.pages, applied)
+            self.lanes = PageLanes(request.lanes, link, open_lane, self._packer, applied)
             opened.callback(self.lanes.close, abort=True)
             self.mappings = MappingStream(stub, session_id, link)
             opened.callback(self.mappings.close, abort=True)

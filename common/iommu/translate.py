@@ -77,7 +77,7 @@ def mark_runs(dirty: DirtyBitmap, first: NDArray[np.int64], count: NDArray[np.in
 
     Made for both ends: a few runs of gigabytes, and a hundred thousand of one page.
     """
-    merged = runs.union((first, count), runs.one(0, 0))
+    merged = runs.union((first, count))
     long = merged[1] >= _LONG_RUN
     for run_first, run_count in zip(merged[0][long].tolist(), merged[1][long].tolist(), strict=True):
         dirty.mark_range(run_first, run_count)

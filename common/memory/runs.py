@@ -67,14 +67,14 @@ def subtract(a: Runs, b: Runs) -> Runs:
     return intersect(a, (first[filled], count[filled]))
 
 
-def union(a: Runs, b: Runs) -> Runs:
-    """Return the pages that are in one or the other, in as few runs as possible; the runs may come in any order."""
-    first = np.concatenate((a[0], b[0]))
+def union(*parts: Runs) -> Runs:
+    """Return the pages that are in any of these, in as few runs as possible; the runs may come in any order."""
+    first = np.concatenate((one(0, 0)[0], *(part[0] for part in parts)))
     if not first.size:
         return one(0, 0)
     order = np.argsort(first, kind="stable")
     first = first[order]
-    reach = np.maximum.accumulate(first + np.concatenate((a[1], b[1]))[order])
+    reach = np.maximum.accumulate(first + np.concatenate([part[1] for part in parts])[order])
     starts = np.concatenate(([0], np.flatnonzero(first[1:] > reach[:-1]) + 1))
     ends = reach[np.append(starts[1:] - 1, reach.size - 1)]
     return first[starts], ends - first[starts]

@@ -164,7 +164,6 @@ def open_lanes(
         network.link,
         lambda number, connection, on_applied: Lane(network, number, connection, on_applied),
         Packer(source, compression, lanes),
-        PAGES,
         lambda *_: None,
     )
 
