@@ -79,7 +79,7 @@ def large(runs: int) -> None:
                 union = report.union()
                 merged.append(time.perf_counter() - done)
                 collected.append(done - began)
-                pages.append(len(pages_of(union)))
+                pages.append(union.count())
             after = machine.describe().ram_allocated_bytes
             machine.end()
             machine.shutdown()

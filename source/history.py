@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import lz4.block
 
-from common.memory.bitmap import Words
 from common.memory.packed import PackedBitmap
 
 __all__ = ["History"]
@@ -37,9 +36,9 @@ class History:
         self._sent: list[_Entry] = []
         self._reported: list[_Entry] = []
 
-    def sent(self, number: int, words: Words) -> None:
+    def sent(self, number: int, packed: PackedBitmap) -> None:
         """Remember what a round after round 0, which sends everything, sends."""
-        self._sent.append(_Entry.of(str(number), PackedBitmap.of(words, words.size * 64)))
+        self._sent.append(_Entry.of(str(number), packed))
 
     def reported(self, number: int, source: str, packed: PackedBitmap) -> None:
         """Remember what a collection after round `number` was told by a source of dirty pages."""

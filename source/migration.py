@@ -27,8 +27,8 @@ from common.logs import enter_session
 from common.machine.attachments import without_attachments
 from common.machine.config import to_json
 from common.machine.record import Ownership
-from common.memory import bitmap, runs
-from common.memory.bitmap import Words
+from common.memory import runs
+from common.memory.packed import PackedBitmap, union
 from common.rpc import versions
 from common.rpc.channel import open_bulk_channel, open_channel
 from common.rpc.errors import PeerError, peer_error
@@ -294,7 +294,7 @@ class Migration:
             elif not facts.dirty_bytes:
                 self._calls.ending.wait(WAIT_SECONDS)
             number += 1
-            pages = bitmap.runs_of(self._dirty)
+            pages = self._dirty.runs()
             self._history.sent(number, self._dirty)
 
     def _send_round(self, number: int, pages: runs.Runs) -> LaneStats:
@@ -309,7 +309,7 @@ class Migration:
     def _send_mappings(self) -> None:
         self._streams.mappings.send(self._machine.mapping_changes())
 
-    def _sync(self, number: int) -> Words:
+    def _sync(self, number: int) -> PackedBitmap:
         """Collect what was dirtied, and remember who said so."""
         hooks.reach(f"source.sync{number}")
         report = self._machine.sync()
@@ -327,7 +327,7 @@ class Migration:
         return self._account.look(
             number,
             stats,
-            dirty_pages=bitmap.count(self._dirty),
+            dirty_pages=self._dirty.count(),
             device_bytes=sum(stream.remaining() for stream in devices),
             initial_data_loaded=not (self._running and hooks.guarded("switchover-ack"))
             or all(stream.initial_data_loaded for stream in devices),
@@ -359,12 +359,11 @@ class Migration:
             self._verifier.start_reading()
         number = len(self._account.facts)
         with self._account.downtime("last_sync"):
-            last = self._sync(number - 1)
-            if hooks.guarded("missed-dirty"):
-                last |= self._dirty
+            before = [self._dirty] if hooks.guarded("missed-dirty") else []
+            last = union([self._sync(number - 1), *before], self._ram.layout.pages)
         with self._account.downtime("last_ram"):
             self._history.sent(number, last)
-            stats = self._send_round(number, bitmap.runs_of(last))
+            stats = self._send_round(number, last.runs())
             self._account.result.ram.downtime_bytes = stats.sent_bytes
         with self._account.downtime("devices"):
             for sent in last_bytes:

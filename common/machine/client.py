@@ -19,7 +19,6 @@ from common.ipc.channel import Buffer, Client, ClosedError
 from common.machine.config import MachineSpec, from_json
 from common.machine.device import Digest, Pending
 from common.machine.record import Ownership
-from common.memory.bitmap import Words
 from common.memory.packed import PackedBitmap, union
 from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
@@ -92,7 +91,7 @@ class SyncReport:
     pages: int
     sources: dict[str, PackedBitmap]
 
-    def union(self) -> Words:
+    def union(self) -> PackedBitmap:
         """Return what anyone reported."""
         return union(self.sources.values(), self.pages)
 

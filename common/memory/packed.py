@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from common.memory import bitmap
+from common.memory import bitmap, runs
 from common.memory.bitmap import Words
+from common.memory.runs import Runs
 
 __all__ = ["PackedBitmap", "union"]
 
 _HEADER = struct.Struct("<QQ")  # words of the bitmap, words that follow
+# One word in so many: from there on it takes less time to go over the whole bitmap than to sort and to look up.
+_FEW = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +81,17 @@ class PackedBitmap:
         """Return whether the bit of a page is set."""
         return bool(self._word(page // 64) >> page % 64 & 1)
 
+    def runs(self) -> Runs:
+        """Return the runs of set bits."""
+        if self.positions is None:
+            return bitmap.runs_of(self.words)
+        if self.words.size > bitmap.words_for(self.pages) // _FEW:
+            words = bitmap.empty(self.pages)
+            self.add_to(words)
+            return bitmap.runs_of(words)
+        bits = bitmap.pages_of(self.words)
+        return runs.from_pages((self.positions.astype(np.int64)[bits >> 6] << 6) + (bits & 63))
+
     def add_to(self, words: Words) -> None:
         """Set its bits in a bitmap of as many pages."""
         if self.positions is None:
@@ -96,11 +110,21 @@ def _is_ascending(positions: npt.NDArray[np.uint32], total: int) -> bool:
     return not positions.size or bool(positions[-1] < total and (positions[1:] > positions[:-1]).all())
 
 
-def union(bitmaps: Iterable[PackedBitmap], pages: int) -> Words:
+def union(bitmaps: Iterable[PackedBitmap], pages: int) -> PackedBitmap:
     """Return the pages of any of these bitmaps of `pages` pages."""
-    merged = bitmap.empty(pages)
-    for packed in bitmaps:
+    parts = list(bitmaps)
+    for packed in parts:
         if packed.pages != pages:
             raise ValueError(f"a bitmap of {packed.pages} pages among those of {pages}")
-        packed.add_to(merged)
-    return merged
+    sparse = [(packed.positions, packed.words) for packed in parts if packed.positions is not None]
+    given = sum(words.size for _, words in sparse)
+    if len(sparse) < len(parts) or given > bitmap.words_for(pages) // _FEW:
+        merged = bitmap.empty(pages)
+        for packed in parts:
+            packed.add_to(merged)
+        return PackedBitmap.of(merged, pages)
+    found = np.concatenate([np.empty(0, np.uint32), *(positions for positions, _ in sparse)])
+    positions, places = np.unique(found, return_inverse=True)
+    words = np.zeros(positions.size, np.uint64)
+    np.bitwise_or.at(words, places, np.concatenate([np.empty(0, np.uint64), *(words for _, words in sparse)]))
+    return PackedBitmap(pages, words, positions)

@@ -14,9 +14,8 @@ from common.guest.boot import parse
 from common.guest.memory import GuestMemory
 from common.guest.vcpu import Vcpu
 from common.ipc.channel import Message, RequestError
-from common.memory import bitmap
+from common.memory import runs
 from common.memory.layout import PAGE_SIZE
-from common.memory.packed import union
 from common.memory.ram import GuestRam
 
 AREA = 4 << 20
@@ -375,7 +374,7 @@ class FakeMachine:
         self.pass_time(precopy_ms)
         self.vcpu.pause()
         state = self.vcpu.state_out()
-        dirty = bitmap.pages_of(union([self.memory.take_log()], self.ram.layout.pages))
+        dirty = runs.expand(self.memory.take_log().runs())
         pages_of_devices = {page for device in self.devices.values() for page in device.dirty}
         moved = set() if lose_vcpu_log else set(dirty.tolist())
         moved |= set() if lose_device_log else pages_of_devices

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from common.guest.memory import GuestMemory
-from common.memory import bitmap
-from common.memory.layout import PAGE_SIZE
-from common.memory.packed import union
+from common.memory import runs
 from common.memory.ram import GuestRam
 
 
@@ -18,7 +16,7 @@ def memory() -> GuestMemory:
 
 
 def logged(memory: GuestMemory) -> list[int]:
-    return bitmap.pages_of(union([memory.take_log()], (2 << 20) // PAGE_SIZE)).tolist()
+    return runs.expand(memory.take_log().runs()).tolist()
 
 
 def test_a_write_is_read_back_and_marked(memory: GuestMemory) -> None:

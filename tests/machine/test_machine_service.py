@@ -24,7 +24,7 @@ from common.machine.machine import Machine
 from common.machine.record import Ownership, Record
 from common.machine.service import MachineService
 from common.machine.state_changes import StateChanges
-from common.memory import bitmap
+from common.memory import bitmap, runs
 from common.memory.packed import PackedBitmap
 from common.memory.ram import GuestRam
 from common.vfio.feature import PrecopyInfo
@@ -267,7 +267,7 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
     assert [report.sources["vCPU"].has(page) for page in (0, 1, 2, 3)] == [False, True, True, False]
     assert report.sources["default"].has(PAGES - 1)
     assert {name: packed.count() for name, packed in report.sources.items()} == {"vCPU": 2, "default": 1}
-    assert bitmap.pages_of(report.union()).tolist() == [1, 2, PAGES - 1]
+    assert runs.expand(report.union().runs()).tolist() == [1, 2, PAGES - 1]
     assert client.pause_vcpus() is True
     client.quiesce()
     client.leave_stop_copy("nic1")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.memory import bitmap
+from common.memory import bitmap, runs
 from common.memory.bitmap import Words
 from common.memory.packed import PackedBitmap, union
 
@@ -18,10 +18,7 @@ def with_pages(pages: int, numbers: set[int]) -> Words:
     return words
 
 
-def unpacked(packed: PackedBitmap) -> Words:
-    return union([packed], packed.pages)
-
-
+LARGE = 64 * 64 * 64
 # Nearly empty ones, and such as have most of their words.
 small = st.integers(1, 400).flatmap(lambda pages: st.tuples(st.just(pages), st.sets(st.integers(0, pages - 1))))
 sparse = st.integers(1000, 4000).flatmap(
@@ -37,7 +34,7 @@ def test_a_packed_bitmap_comes_back(case: tuple[int, set[int]]) -> None:
     data = packed.to_bytes()
     assert len(data) <= 16 + words.nbytes
     for it in (packed, PackedBitmap.from_bytes(data, pages)):
-        assert np.array_equal(unpacked(it), words)
+        assert runs.expand(it.runs()).tolist() == sorted(numbers)
         assert it.count() == len(numbers)
         assert [page for page in range(pages) if it.has(page)] == sorted(numbers)
     for wrong in (data[:-1], data + b"\0", b""):
@@ -52,7 +49,8 @@ def test_few_bits_of_a_large_bitmap_are_few_bytes() -> None:
     words = with_pages(pages, {0, 63, 5 << 21, pages - 1})
     data = PackedBitmap.of(words, pages).to_bytes()
     assert len(data) == 16 + 3 * 12
-    assert np.array_equal(unpacked(PackedBitmap.from_bytes(data, pages)), words)
+    first, count = PackedBitmap.from_bytes(data, pages).runs()
+    assert first.tolist() == [0, 63, 5 << 21, pages - 1] and count.tolist() == [1] * 4
 
 
 @pytest.mark.parametrize(
@@ -72,10 +70,26 @@ def test_a_bit_past_the_last_page_is_refused_in_a_whole_bitmap() -> None:
     assert PackedBitmap.from_bytes(struct.pack("<QQQ", 1, 1, 1 << 6), 7).has(6)
 
 
-@given(st.lists(st.sets(st.integers(0, 999)), max_size=3))
-def test_the_union_of_bitmaps(cases: list[set[int]]) -> None:
-    found = union([PackedBitmap.of(with_pages(1000, numbers), 1000) for numbers in cases], 1000)
-    assert bitmap.pages_of(found).tolist() == sorted(set().union(*cases))
+# Of 1000 pages nearly any bit is many, of the large bitmap up to 64 words are few.
+@given(
+    st.sampled_from([1000, LARGE]).flatmap(
+        lambda pages: st.tuples(st.just(pages), st.lists(st.sets(st.integers(0, pages - 1)), max_size=3))
+    )
+)
+def test_the_union_of_bitmaps(case: tuple[int, list[set[int]]]) -> None:
+    pages, sets = case
+    found = union([PackedBitmap.of(with_pages(pages, numbers), pages) for numbers in sets], pages)
+    expected = sorted(set().union(*sets))
+    assert runs.expand(found.runs()).tolist() == expected and found.count() == len(expected)
+    first, count = found.runs()
+    assert (first[1:] > (first + count)[:-1]).all()  # none that touches the next
+    assert PackedBitmap.from_bytes(found.to_bytes(), pages).count() == len(expected)
+
+
+def test_the_union_of_few_and_many() -> None:
+    few, many = {5, LARGE - 1}, set(range(0, LARGE, 100))
+    packed = [PackedBitmap.of(with_pages(LARGE, numbers), LARGE) for numbers in (few, many)]
+    assert runs.expand(union(packed, LARGE).runs()).tolist() == sorted(few | many)
 
 
 def test_bitmaps_of_different_sizes_have_no_union() -> None:

@@ -22,7 +22,7 @@ def words(pages: set[int]) -> bitmap.Words:
 def test_remembers_rounds_and_reports_of_every_page(sent: list[set[int]], reported: list[set[int]], asked: int) -> None:
     history = History()
     for number, pages in enumerate(sent, 1):
-        history.sent(number, words(pages))
+        history.sent(number, PackedBitmap.of(words(pages), PAGES))
     for number, pages in enumerate(reported):
         history.reported(number, f"container{number}", PackedBitmap.of(words(pages), PAGES))
     for page in {asked, *(page for pages in (*sent, *reported) for page in pages)}:
@@ -37,7 +37,7 @@ def test_what_is_told_later_does_not_change_what_was_told() -> None:
     """Bitmaps are copied: whoever passes one may use it again."""
     history = History()
     dirty = words({7})
-    history.sent(1, dirty)
+    history.sent(1, PackedBitmap.of(dirty, PAGES))
     history.reported(0, "vCPU", PackedBitmap.of(dirty, PAGES))
     dirty[:] = 0
     assert history.rounds_that_sent(7) == [0, 1]

@@ -64,7 +64,7 @@ def test_a_page_is_explained_by_its_history() -> None:
     history = History()
     dirty = bitmap.empty(LAYOUT.pages)
     bitmap.set_range(dirty, 5, 1)
-    history.sent(1, dirty)
+    history.sent(1, PackedBitmap.of(dirty, LAYOUT.pages))
     history.reported(0, "default", PackedBitmap.of(dirty, LAYOUT.pages))
     history.reported(1, "default", PackedBitmap.of(bitmap.empty(LAYOUT.pages), LAYOUT.pages))
     result = host_pb2.MigrationResult()
