@@ -3,8 +3,10 @@
 Two locks, in this order:
 
 * the engine's is held for one step, and by every request after which the device must be known to be between two steps:
-  change of state, map, unmap, report, reset, configuration. Such a request may wait for a DMA message under way, so
-  whoever carries messages must not wait for such a request (vfio-user: the replies are routed apart).
+  change of state, map, unmap, report, reset, bus mastering off. Such a request may wait for a DMA message under way, so
+  whoever carries messages must not wait for such a request (vfio-user: the replies are routed apart). QEMU does wait:
+  it carries no message while one of its CPUs waits for us. So what a running guest does all the time, configuration
+  and interrupts, waits for no step.
 * the registers' is held for one access to registers. A peer's write to a BAR takes no other lock, so two devices that
   write to each other cannot block each other.
 """
@@ -149,15 +151,19 @@ class EmulatedDevice(ABC):
         if index != _CONFIG_REGION:
             self.bar_write(index, offset, data)
             return
-        # Between two steps: a device whose bus mastering is switched off does no DMA once that is answered.
-        with self._engine.lock:
-            self._config.write(offset, data)
+        master = self._config.bus_master
+        self._config.write(offset, data)
+        if master and not self._config.bus_master:
+            # A device whose bus mastering is switched off does no DMA once that is answered. Nothing else may wait for
+            # a step: QEMU carries no DMA message while one of its CPUs waits for an answer.
+            with self._engine.lock:
+                pass
         self._intx.update()
         self._engine.wake()
 
     def set_irqs(self, index: int, flags: IrqFlags, start: int, count: int, data: Buffer, fds: Sequence[int]) -> None:
         """Set up INTx (see `Intx.set_irqs`) or the vectors of MSI-X (see `Msix.set_irqs`)."""
-        with self._engine.lock:
+        with self._engine.watching:  # not the engine's: see region_write
             if index == INTX_INDEX:
                 self._intx.set_irqs(flags, count, data, fds)
             elif index == MSIX_INDEX:

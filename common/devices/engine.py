@@ -50,6 +50,7 @@ class Engine:
 
     def __init__(self, name: str, step: Callable[[float], float | None]) -> None:
         self.lock = Turns()
+        self.watching = threading.Lock()
         self.listening = False
         self.doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -90,14 +91,14 @@ class Engine:
         return False
 
     def watch(self, eventfd: int, action: Callable[[], None]) -> None:
-        """Call `action`, under `lock`, whenever an eventfd is signalled, until `unwatch`. Called under `lock`."""
+        """Call `action`, under `watching`, whenever an eventfd is signalled, until `unwatch`. Called under it."""
         self._watched[eventfd] = action
         for poll in (self._quiet, self._listening):
             poll.register(eventfd, select.POLLIN)
         self.wake()
 
     def unwatch(self, eventfd: int) -> None:
-        """Watch an eventfd no longer; it may be closed then. Called under `lock`, or after `close`."""
+        """Watch an eventfd no longer; it may be closed then. Called under `watching`, or after `close`."""
         del self._watched[eventfd]
         for poll in (self._quiet, self._listening):
             poll.unregister(eventfd)
@@ -118,7 +119,7 @@ class Engine:
                 os.eventfd_read(self._wake)
 
     def _call_watchers(self, ready: Sequence[int]) -> None:
-        with self.lock:
+        with self.watching:
             for fd in ready:
                 if action := self._watched.get(fd):
                     with contextlib.suppress(BlockingIOError):

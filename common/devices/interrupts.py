@@ -59,8 +59,8 @@ class Intx:
     def set_irqs(self, flags: IrqFlags, count: int, data: Buffer, fds: Sequence[int]) -> None:
         """Assign eventfds, take them away, trigger by hand, mask or unmask (kernel: VFIO_DEVICE_SET_IRQS).
 
-        The caller holds the engine's lock. OSError: EINVAL (a descriptor that is no eventfd), ENOTTY (an eventfd that
-        masks, which the kernel does not have either).
+        The caller holds the engine's `watching`. OSError: EINVAL (a descriptor that is no eventfd), ENOTTY (an eventfd
+        that masks, which the kernel does not have either).
         """
         if flags & IrqFlags.DATA_EVENTFD:
             if flags & IrqFlags.ACTION_MASK:
@@ -110,6 +110,7 @@ class Msix:
         if vectors * _ENTRY > MSIX_PBA:
             raise ValueError(f"{vectors} vectors do not fit")
         self.vectors = vectors
+        self._lock = threading.Lock()  # an eventfd is not closed while it is written to
         self._eventfds: list[int | None] = [None] * vectors
         self._table = bytearray()
         self.reset()
@@ -152,9 +153,10 @@ class Msix:
 
     def signal(self, vector: int) -> None:
         """Send an interrupt; without an eventfd it is lost, as where interrupts are not enabled."""
-        eventfd = self._eventfds[vector]
-        if eventfd is not None:
-            os.eventfd_write(eventfd, 1)
+        with self._lock:
+            eventfd = self._eventfds[vector]
+            if eventfd is not None:
+                os.eventfd_write(eventfd, 1)
 
     def set_irqs(self, flags: IrqFlags, start: int, count: int, data: Buffer, fds: Sequence[int]) -> None:
         """Assign eventfds, take them away, or trigger by hand (kernel: VFIO_DEVICE_SET_IRQS); `fds` stay the caller's.
@@ -182,8 +184,9 @@ class Msix:
 
     def _assign(self, start: int, count: int, fds: Sequence[int]) -> None:
         copies: list[int | None] = [*_duplicates(fds)]
-        old = self._eventfds[start : start + count]
-        self._eventfds[start : start + count] = copies or [None] * count
+        with self._lock:
+            old = self._eventfds[start : start + count]
+            self._eventfds[start : start + count] = copies or [None] * count
         for eventfd in old:
             if eventfd is not None:
                 os.close(eventfd)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
-from device_rig import Rig
+from device_rig import PATIENCE, Rig
 
 from common.datasheets import pci
 from common.vfio.migration import DeviceState
@@ -189,3 +191,32 @@ def test_with_msix_the_pin_rests(nic: Rig) -> None:
     nic.wait(lambda: taken(vector) == 1)
     assert taken(nic.irq) == 0 and nic.read(pci.INTERRUPT) == 0
     os.close(vector)
+
+
+def test_are_set_up_while_a_dma_message_is_under_way(rig: Callable[..., Rig]) -> None:
+    # QEMU answers no DMA message while one of its CPUs waits for an answer of ours.
+    device = rig("nic")
+    asked, go = threading.Event(), threading.Event()
+
+    def read(_iova: int, count: int) -> bytes:
+        asked.set()
+        assert go.wait(PATIENCE)
+        return bytes(count)
+
+    device.client.on_dma_read = read
+    device.bus_master(on=True)
+    device.write(pci.RING_BASE, 1 << 32, 8)
+    device.write(pci.RING_ENTRIES, 4)
+    device.write(pci.CONTROL, pci.CONTROL_ENABLE)
+    assert asked.wait(PATIENCE)
+    began = time.monotonic()
+    timer = threading.Timer(PATIENCE / 2, go.set)
+    timer.start()
+    try:
+        device.client.set_irqs(MSIX, IrqFlags.DATA_EVENTFD | TRIGGER, 0, 1, fds=[device.irq])
+        device.client.set_irqs(INTX, EVENTFD | UNMASK, 0, 1, fds=[device.irq])
+        device.client.region_write(7, 0x3C, b"\x0b")
+        assert not go.is_set(), f"answered after {time.monotonic() - began:.1f} s, when the DMA was"
+    finally:
+        timer.cancel()
+        go.set()
