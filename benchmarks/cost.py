@@ -113,7 +113,7 @@ def growth(runs: int) -> None:
 
 
 def sparse(runs: int) -> None:
-    """Move a machine of 1 TiB that hardly uses any of it: what grows is bitmaps (limit: 100 ms of downtime)."""
+    """Move a machine of 1 TiB that hardly uses any of it: what grows is bitmaps (limit: 100 ms more downtime)."""
     made = table(
         f"A nic and a machine that uses little of its RAM, deferred verification: median (min-max) of {runs}, ms",
         *("RAM", "total", "downtime", "of it last sync", "last RAM", "devices", "handover", "guest's gap"),

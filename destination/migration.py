@@ -393,26 +393,26 @@ class Arrival:
                 return
             time.sleep(0.005)
 
-    def revoke(self, reason: str) -> None:
+    def revoke(self, why: str, reason: str = "WRONG_STATE") -> None:
         """Decide that the machine will not run here; without effect if that was decided already.
 
         Raise ValueError if it was committed.
         """
-        if self._revoke(reason):
+        if self._revoke(why, reason):
             self._end()
 
-    def _revoke(self, reason: str) -> bool:
+    def _revoke(self, why: str, reason: str = "WRONG_STATE") -> bool:
         """Decide it; return whether there is something to take down now, and by nobody else."""
         with self._decision:
             if self.state == handover.REVOKED:
                 return False
             state = handover.after(self.state, Event.REVOKE)
             self._host.decide(self.session_id, REVOKED)
-            self._revoked_for = reason
+            self._revoked_for, self._refused_with = why, reason
             self.state = state
             prepared = self._prepared
         self._host.metrics.arrived("revoked")
-        _log.info("arrival revoked", reason=reason)
+        _log.info("arrival revoked", reason=why)
         return prepared
 
     def _end(self) -> None:
@@ -508,9 +508,8 @@ class Arrival:
         `reason` is what whoever comes then is refused with: its source may hear of it from any of its streams first.
         """
         if self.state in (handover.PREPARING, handover.READY):
-            self._refused_with = reason
             try:
-                self.revoke(why)
+                self.revoke(why, reason)
             except ValueError:
                 _log.info("stream lost after COMMIT", reason=why)
             except OSError as error:

@@ -56,31 +56,34 @@ class ReadBack:
 
     def before_loading(self) -> None:
         """RAM is whole."""
-        if self._deferred and self._verifier is not None:
-            self._reading = self._pool.submit(self._verifier.complete)
+        verifier = self._verifier
+        if self._deferred and verifier is not None:
+            self._reading = self._pool.submit(verifier.complete)
 
     def after_loading(self, devices: Collection[str]) -> None:
         """These devices have their state; return when the machine may run."""
         self._devices = devices
-        if self._verifier is None:
+        verifier = self._verifier
+        if verifier is None:
             return
         if not self._deferred:
             # Only now: what a device wrote as it validated its state is read too.
-            self._reading = self._pool.submit(self._verifier.read_all)
+            self._reading = self._pool.submit(verifier.read_all)
         elif self._reading is not None:
             self._digests = self._digest_devices()
             self._reading.result()
 
     def compare(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
         """Return what differs from what the source has; `RefusalError` if nothing was read, or it sent no digests."""
-        if self._verifier is None or self._reading is None:
+        verifier, reading = self._verifier, self._reading
+        if verifier is None or reading is None:
             why = "verification is off" if self._mode == Verify.VERIFY_MODE_OFF else "nothing has been read back"
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", why)
         if not self._deferred:
             self._digests = self._digest_devices()
-        self._reading.result()
+        reading.result()
         try:
-            mismatches = self._verifier.compare(request.chunk_digests, pages=not self._deferred)
+            mismatches = verifier.compare(request.chunk_digests, pages=not self._deferred)
         except ValueError as error:
             raise bad(str(error)) from error
         differing, compared = compare_devices(self._digests, request.devices)
@@ -92,7 +95,7 @@ class ReadBack:
         )
 
     def close(self) -> None:
-        """Let go of RAM: nothing is compared after this."""
+        """Let go of RAM: a comparison that is under way fails, and there is none after this."""
         verifier, self._verifier = self._verifier, None
         if verifier is not None:
             verifier.close()

@@ -58,6 +58,10 @@ OpenLane = Callable[[int, Connection, OnApplied], PageLane]
 """Opens the lane of a number."""
 
 
+# Acks of a round that are kept one by one: pages that follow each other are one run when they are put together.
+_MAX_ACKED = 1 << 10
+
+
 class Unacked:
     """The batches of a lane that are on their way: which pages, and bytes on the wire. Two threads may share it."""
 
@@ -108,17 +112,18 @@ class _Sender:
         self._open = open_lane
         self._packer = packer
         self._on_applied = on_applied
-        self._acked: list[Runs] = []  # of the round that goes on
+        self._acked: list[Runs] = []  # of the round that goes on; only the thread that takes acks adds to it
         self._connection = link.current
         self.lane = open_lane(number, self._connection, self._applied)
 
     def _applied(self, pages: Runs, size: int) -> None:
         self._acked.append(pages)
+        if len(self._acked) > _MAX_ACKED:
+            self._acked[:] = [runs.union(*self._acked)]
         self._on_applied(runs.total(pages), size)
 
     def send(self, pages: Runs, data: Runs, number: int) -> LaneStats:
         """Send the lane's pages of a round; return when they are applied."""
-        self._acked.clear()
         stats = LaneStats()
         left = pages
         while True:
@@ -131,6 +136,7 @@ class _Sender:
                 self._reopen(failure)
                 left = runs.subtract(pages, runs.union(*self._acked))
             else:
+                self._acked.clear()
                 return stats
 
     def _reopen(self, failure: PeerError) -> None:

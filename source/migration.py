@@ -59,7 +59,6 @@ WAIT_SECONDS = 0.02
 OWNERS = {Ownership.OWNER: "source", Ownership.COMMITTING: "undecided", Ownership.GONE: "destination"}
 
 _log = structlog.get_logger()
-LaneKind = migration_pb2.LaneKind
 Verify = migration_pb2.VerifyMode
 
 

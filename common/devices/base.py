@@ -1,12 +1,14 @@
 """What our devices have in common: regions, interrupts, DMA, an engine, migration.
 
-Two locks, in this order:
+Locks, in this order:
 
 * the engine's is held for one step, and by every request after which the device must be known to be between two steps:
   change of state, map, unmap, report, reset, bus mastering off. Such a request may wait for a DMA message under way, so
   whoever carries messages must not wait for such a request (vfio-user: the replies are routed apart). QEMU does wait:
-  it carries no message while one of its CPUs waits for us. So what a running guest does all the time, configuration
-  and interrupts, waits for no step.
+  it carries no message while one of its CPUs waits for us. So configuration and interrupts, which a running guest sets
+  up all the time, wait for no step, but for bus mastering that is switched off: a guest that does so, resets a device,
+  or has it unmap, while a message is under way, waits under QEMU until that times out.
+* the lock of the eventfds that the engine watches comes next, and then that of interrupts.
 * the registers' is held for one access to registers. A peer's write to a BAR takes no other lock, so two devices that
   write to each other cannot block each other.
 """

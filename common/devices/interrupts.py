@@ -53,8 +53,12 @@ class Intx:
 
     def unmask(self) -> None:
         """Unmask the pin."""
-        self._masked = False
+        self._set_masked(masked=False)
         self.update()
+
+    def _set_masked(self, *, masked: bool) -> None:
+        with self._lock:  # nothing is signalled once MASK is answered
+            self._masked = masked
 
     def set_irqs(self, flags: IrqFlags, count: int, data: Buffer, fds: Sequence[int]) -> None:
         """Assign eventfds, take them away, trigger by hand, mask or unmask (kernel: VFIO_DEVICE_SET_IRQS).
@@ -74,7 +78,7 @@ class Intx:
             self._assign_unmask(())
         elif flags & IrqFlags.DATA_NONE or data[0]:
             if flags & IrqFlags.ACTION_MASK:
-                self._masked = True
+                self._set_masked(masked=True)
             elif flags & IrqFlags.ACTION_UNMASK:
                 self.unmask()
             elif self._eventfd is not None:
@@ -120,11 +124,6 @@ class Msix:
         """What VFIO says about it."""
         return IrqInfo(MSIX_INDEX, _EVENTFD, self.vectors)
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the VMM has set up any vector: a device has MSI-X or INTx, never both."""
-        return any(eventfd is not None for eventfd in self._eventfds)
-
     def read(self, offset: int, count: int) -> bytes:
         """Return part of the BAR: the table, then zeros, for no interrupt is ever pending in the device."""
         return bytes(self._table[offset : offset + count]).ljust(count, b"\0")
@@ -151,12 +150,16 @@ class Msix:
         """Put back a table of the right size."""
         self._table[:] = table
 
-    def signal(self, vector: int) -> None:
-        """Send an interrupt; without an eventfd it is lost, as where interrupts are not enabled."""
+    def signal(self, vector: int) -> bool:
+        """Send an interrupt; return whether the VMM has set up any vector: a device has MSI-X or INTx, never both.
+
+        One without an eventfd is lost. All in one go: if the vectors are taken away just then, it is for the pin.
+        """
         with self._lock:
             eventfd = self._eventfds[vector]
             if eventfd is not None:
                 os.eventfd_write(eventfd, 1)
+            return any(each is not None for each in self._eventfds)
 
     def set_irqs(self, flags: IrqFlags, start: int, count: int, data: Buffer, fds: Sequence[int]) -> None:
         """Assign eventfds, take them away, or trigger by hand (kernel: VFIO_DEVICE_SET_IRQS); `fds` stay the caller's.

@@ -229,9 +229,7 @@ class RingDevice(EmulatedDevice):
 
     def _interrupt(self) -> None:
         """Say that entries are finished: by the vector, or where none is set up, by the pin until that is seen."""
-        if self._msix.enabled:
-            self._msix.signal(pci.VECTOR)
-        else:
+        if not self._msix.signal(pci.VECTOR):
             self.registers.change(pci.INTERRUPT, 4, put=pci.INTERRUPT_RING)
             self._intx.update()
 

@@ -26,6 +26,7 @@ from common.iommu.ranges import Strategy
 from common.iommu.tracking import DeviceTraits
 from common.iommu.turn import Turn
 from common.iommu.viommu import Viommu
+from common.ipc.channel import ClosedError
 from common.machine import device_process
 from common.machine.blockers import blockers
 from common.machine.board import AREA_SIZE, FIRST_AREA, Board, image_start, regions
@@ -359,7 +360,10 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         """Return switchover.v1.Machine as JSON."""
-        programs = self.vcpus.report()["programs"] if self.vcpus.process.poll() is None else []
+        try:
+            programs = self.vcpus.report()["programs"]
+        except ClosedError:
+            programs = []  # its process has ended, and the machine has failed, or is about to
         return {
             "name": self.spec.name,
             "uuid": self.spec.uuid,

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from common.memory.runs import Runs, expand
+from common.memory.runs import Runs
 
 __all__ = [
     "DirtyBitmap",
@@ -33,7 +33,6 @@ __all__ = [
     "runs_of",
     "set_pages",
     "set_range",
-    "set_runs",
     "used_words",
     "words_for",
 ]
@@ -45,7 +44,6 @@ _BLOCK = 1 << 15
 # Words of which it is asked together whether any bit is set: most bitmaps of large machines are nearly empty, and then
 # a pass over one costs no more than to read it.
 _GROUP = 256
-_FEW_RUNS = 16  # a slice for each of them is faster than an array of all their pages
 
 
 def words_for(pages: int) -> int:
@@ -205,16 +203,6 @@ def set_range(words: Words, first: int, pages: int) -> None:
     words[low] |= np.uint64(head)
     words[low + 1 : high] = _ONES
     words[high] |= np.uint64(tail)
-
-
-def set_runs(words: Words, covered: Runs) -> None:
-    """Set the bits of runs of pages; `IndexError` if one is outside the bitmap."""
-    first, count = covered
-    if first.size > _FEW_RUNS:
-        set_pages(words, expand(covered))
-        return
-    for begin, pages in zip(first.tolist(), count.tolist(), strict=True):
-        set_range(words, begin, pages)
 
 
 class DirtyBitmap:

@@ -221,6 +221,18 @@ def test_pages_are_read_again_not_sent_again(source: GuestRam, target: GuestRam)
     sender.close(abort=False)
 
 
+def test_what_an_earlier_round_has_carried_is_not_taken_for_this_one(source: GuestRam, target: GuestRam) -> None:
+    network = Network(target, 1, breaks=(), lost=2, unacked=3)
+    sender = open_lanes(network, source, 1, host_pb2.COMPRESSION_OFF)
+    sender.send(ALL, source.data_runs(), 0)
+    source.words[:, 7] = 78
+    network._breaks = [len(network.carried) + 4]
+    sender.send(ALL, source.data_runs(), 1)
+    network.arrive()
+    assert network.link.reconnects == 1 and np.array_equal(source.pages, target.pages)
+    sender.close(abort=False)
+
+
 def test_nothing_refers_to_what_a_lost_connection_has_carried(source: GuestRam, target: GuestRam) -> None:
     network = Network(target, 1, breaks=(), lost=0, unacked=1)
     sender = open_lanes(network, source, 1, host_pb2.COMPRESSION_LZ4)
