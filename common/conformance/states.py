@@ -131,11 +131,10 @@ def _arcs_from(start: DeviceState, lab: Lab) -> str:
             device.go(start)
             if start in SAVING_STATES:
                 device.drain()
-            _arc(device, start, target)
+            tried.append(_arc(device, start, target))
         except (Failure, Lost, Hung) as error:
             fate = lab.fate() if isinstance(error, Lost) else None
             problems.append(f"to {target.name}: {fate or error}")
-        tried.append(target.name)
     if problems:
         raise Failure(f"from {start.name} {'; '.join(problems)}")
     return f"to {', '.join(tried)}"
@@ -151,13 +150,14 @@ def _home(device: Device) -> bool:
         return False
 
 
-def _arc(device: Device, start: DeviceState, target: DeviceState) -> None:
+def _arc(device: Device, start: DeviceState, target: DeviceState) -> str:
     try:
         path(start, target, device.migration_flags)
     except InvalidTransition:
         _refused_arc(device, start, target.name, device.try_state(target))
-    else:
-        device.set_state(target)
+        return f"{target.name} (refused)"
+    device.set_state(target)
+    return target.name
 
 
 for _start in _STATES:
