@@ -33,6 +33,8 @@ def capture(listen_at: Path, connect_to: Path, file: Path, *, as_json: bool) -> 
         ended = stack.enter_context(ending_signals())
         server = stack.enter_context(closing(_connect(connect_to)))
         try:
+            if file.exists() and file.stat().st_size:
+                raise CommandError(f"{file}: is there already, and not empty", ExitCode.USAGE)
             out = stack.enter_context(file.open("wb"))
         except OSError as error:
             raise CommandError(f"{file}: {error.strerror}", ExitCode.USAGE) from error

@@ -118,10 +118,14 @@ def test_a_signal_ends_a_capture_with_a_whole_file(tmp_path: Path, number: signa
             messages = read(lines)
         assert f"{len(messages)} messages" in out and out.endswith("; told to end\n")
         assert len(messages) > 10
+        # What was recorded before is kept.
+        code, _, err = run("capture", "--listen", proxy, "--connect", server, file)
+        assert code == 2 and f"{file}: is there already" in err and file.stat().st_size
         # Before a client has come.
-        process = start("console", "capture", "--listen", proxy, "--connect", server, file, at=proxy)
+        empty = tmp_path / "empty.jsonl"
+        process = start("console", "capture", "--listen", proxy, "--connect", server, empty, at=proxy)
         process.send_signal(number)
-        assert finish(process)[:2] == (0, f"{file}: 0 messages, 0 of them commands; told to end\n")
+        assert finish(process)[:2] == (0, f"{empty}: 0 messages, 0 of them commands; told to end\n")
         assert not proxy.exists()
 
 
