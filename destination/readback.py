@@ -79,14 +79,13 @@ class ReadBack:
         if verifier is None or reading is None:
             why = "verification is off" if self._mode == Verify.VERIFY_MODE_OFF else "nothing has been read back"
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", why)
-        if not self._deferred:
-            self._digests = self._digest_devices()
+        digests = self._digests if self._deferred else self._digest_devices()
         reading.result()
         try:
             mismatches = verifier.compare(request.chunk_digests, pages=not self._deferred)
         except ValueError as error:
             raise bad(str(error)) from error
-        differing, compared = compare_devices(self._digests, request.devices)
+        differing, compared = compare_devices(digests, request.devices)
         return migration_pb2.VerifyResponse(
             chunks=len(request.chunk_digests) // 8,
             mismatches=mismatches,

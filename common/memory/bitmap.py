@@ -24,6 +24,7 @@ from common.memory.runs import Runs
 __all__ = [
     "DirtyBitmap",
     "Words",
+    "check_size",
     "count",
     "empty",
     "from_bytes",
@@ -106,7 +107,8 @@ def _positions(at: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]) -> npt
     return numbers[at // _GROUP] * _GROUP + at % _GROUP
 
 
-def _check_size(words: Words, pages: int) -> None:
+def check_size(words: Words, pages: int) -> None:
+    """Raise `ValueError` unless it is a bitmap of `pages` pages."""
     if words.shape != (words_for(pages),):
         raise ValueError(f"a bitmap of {pages} pages has {words_for(pages)} words, not {words.size}")
 
@@ -235,7 +237,7 @@ class DirtyBitmap:
 
     def merge(self, words: Words) -> None:
         """Mark the pages of a bitmap of the same size."""
-        _check_size(words, self.pages)
+        check_size(words, self.pages)
         _check_tail(words, self.pages)
         with self._lock:
             np.bitwise_or(self._words, words, out=self._words)

@@ -38,8 +38,7 @@ class PackedBitmap:
     @classmethod
     def of(cls, words: Words, pages: int) -> PackedBitmap:
         """Pack the bitmap; it may share the words."""
-        if words.shape != (bitmap.words_for(pages),):
-            raise ValueError(f"a bitmap of {pages} pages has {bitmap.words_for(pages)} words, not {words.size}")
+        bitmap.check_size(words, pages)
         used = bitmap.used_words(words)
         if 3 * used.size >= 2 * words.size:
             return cls(pages, words, None)
