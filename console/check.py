@@ -173,10 +173,10 @@ def _print_result(console: Console, result: Result) -> None:
 def _print_summary(console: Console, results: Sequence[Result]) -> None:
     counts = {outcome: sum(result.outcome is outcome for result in results) for outcome in Outcome}
     outcome = Outcome.FAIL if counts[Outcome.FAIL] else Outcome.PASS
+    run = "1 check" if len(results) == 1 else f"{len(results)} checks"
     console.print(
         Text(
-            f"{len(results)} checks: {counts[Outcome.PASS]} pass, {counts[Outcome.FAIL]} fail, "
-            f"{counts[Outcome.UNKNOWN]} unknown.",
+            f"{run}: {counts[Outcome.PASS]} pass, {counts[Outcome.FAIL]} fail, {counts[Outcome.UNKNOWN]} unknown.",
             style=_STYLES[outcome],
         )
     )

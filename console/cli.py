@@ -142,6 +142,8 @@ def migrate(
     from console.migration import migrate as run
     from console.progress import open_progress
 
+    if source == destination:
+        raise CommandError(f"migrate: {source} has the machine already; see switchover status", ExitCode.USAGE)
     request = MigrateRequest(
         destination=destination,
         max_downtime_ms=max_downtime * 1000,
@@ -162,7 +164,7 @@ def migrate(
             result = run(stub, request, open_progress(Console(stderr=True)))
     except CommandError as error:
         if as_json:
-            _print_json({"result": "failed", "error": str(error)})
+            _print_json({"result": "failed", "error": str(error), "reason": error.reason})
         raise
     if as_json:
         from console.report import report

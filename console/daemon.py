@@ -46,7 +46,7 @@ def daemon(address: str, tls: Path | None = None) -> Iterator[HostServiceStub]:
             reason, message = describe(error)
             code = ExitCode.UNREACHABLE if reason in _UNREACHABLE else ExitCode.FAILED
             suffix = "" if reason in _UNREACHABLE else f" [{reason}]"
-            raise CommandError(f"{address}: {printable(message + suffix)}", code) from error
+            raise CommandError(f"{address}: {printable(message + suffix)}", code, reason) from error
 
 
 def printable(text: str) -> str:

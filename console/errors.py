@@ -8,8 +8,9 @@ __all__ = ["CommandError"]
 
 
 class CommandError(Exception):
-    """One line for people, an exit code for scripts."""
+    """One line for people, an exit code for scripts, and a daemon's reason where it gave one."""
 
-    def __init__(self, message: str, code: ExitCode) -> None:
+    def __init__(self, message: str, code: ExitCode, reason: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.reason = reason

@@ -95,7 +95,7 @@ def forget(address: Address, *, yes: Yes = False, tls: Tls = None) -> None:
             state=status.machine.state if status.HasField("machine") else None,
         )
         if reason is not None:
-            raise CommandError(f"not forgotten: {reason}", ExitCode.FAILED)
+            raise CommandError(f"{address}: not forgotten: {reason}", ExitCode.FAILED)
         if status.HasField("machine"):
             what = f'Machine "{status.machine.name}", which is {status.machine.state} at {address}, will be dropped.'
         else:

@@ -21,7 +21,7 @@ def positive(parse: Callable[[str], float]) -> Callable[[str], float]:
     # The calls take 0 for "not given", so it must not be given.
     def checked(text: str) -> float:
         try:
-            value = parse(text)
+            value = 0.0 if text == "0" else parse(text)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         if value <= 0:

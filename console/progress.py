@@ -143,7 +143,7 @@ def _facts(progress: Progress) -> list[str]:
         f"round {progress.round}",
         f"{progress.round_done_pages:,} of {progress.round_pages:,} pages ({percent} %)",
         f"{format_rate(progress.bandwidth)} applied",
-        f"{format_rate(progress.dirty_rate)} dirtied",
+        *([f"{format_rate(progress.dirty_rate)} dirtied"] if progress.dirty_rate >= 0 else []),
         f"{format_size(progress.sent_bytes)} sent",
     ]
     if progress.compression not in ("", "none"):

@@ -92,10 +92,10 @@ def _event_text(event: WatchEventsResponse) -> str:
             progress = event.progress
             expected = progress.expected_downtime_ms
             downtime = format_duration(expected) if expected >= 0 else "not known"
+            dirtied = format_rate(progress.dirty_rate) if progress.dirty_rate >= 0 else "not known what is"
             return (
                 f"round {progress.round}: {progress.round_done_pages:,} of {progress.round_pages:,} pages, "
-                f"{format_rate(progress.bandwidth)} applied, {format_rate(progress.dirty_rate)} dirtied, "
-                f"expected downtime {downtime}"
+                f"{format_rate(progress.bandwidth)} applied, {dirtied} dirtied, expected downtime {downtime}"
             )
         case "device_state":
             return f"device {event.device_state.name}: {event.device_state.state}"

@@ -17,6 +17,7 @@ __all__ = ["print_summary", "sentences"]
 
 BAR_WIDTH = 24
 SHOWN_MISMATCHES = 8
+SHOWN_ROUNDS = 8  # at the beginning, and as many at the end
 
 _PARTS = {
     "pause": "stopping the vCPUs",
@@ -202,7 +203,12 @@ def _rounds_table(result: MigrationResult) -> Table:
     )
     for column in table.columns[:6]:
         column.justify = "right"
-    for entry in result.rounds:
+    hidden = len(result.rounds) - 2 * SHOWN_ROUNDS
+    for number, entry in enumerate(result.rounds):
+        if hidden > 1 and SHOWN_ROUNDS <= number < SHOWN_ROUNDS + hidden:
+            if number == SHOWN_ROUNDS:
+                table.add_row("…", *[""] * 5, f"{hidden:,} more rounds, in full with --json")
+            continue
         table.add_row(
             str(entry.number),
             f"{entry.pages:,}",

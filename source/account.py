@@ -58,7 +58,7 @@ class Account:
         self._events = events
         self._session_id = session_id
         self._tell_of_streams = tell_progress
-        self._progress = host_pb2.Progress(expected_downtime_ms=-1)
+        self._progress = host_pb2.Progress(expected_downtime_ms=-1, dirty_rate=-1)
         self._ended = threading.Event()
         self._teller = threading.Thread(target=self._tell_progress, name="progress", daemon=True)
         self._teller.start()

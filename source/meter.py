@@ -19,7 +19,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recent: deque[tuple[float, int]] = deque()
+        self._recent = deque([(time.monotonic(), 0)])
         self._rounds: deque[tuple[float, int]] = deque(maxlen=64)
         self._estimate = 0.0
         self.total_bytes = 0
@@ -32,8 +32,6 @@ class Meter:
             self.total_bytes += size
             self.round_pages += pages
             self._recent.append((now, size))
-            while self._recent[0][0] < now - SHOWN_SECONDS:
-                self._recent.popleft()
 
     def round_done(self, seconds: float, size: int) -> None:
         """Count a round that sent `size` bytes of pages (before compression) in `seconds`."""
@@ -54,10 +52,10 @@ class Meter:
         return self._estimate
 
     def current_bandwidth(self) -> float:
-        """Bytes per second in the last second."""
+        """Bytes per second in the last second, or since the last ack but one where they come more seldom than that."""
         now = time.monotonic()
         with self._lock:
-            recent = [(at, size) for at, size in self._recent if at >= now - SHOWN_SECONDS]
-        if not recent:
-            return 0.0
-        return sum(size for _, size in recent) / max(now - recent[0][0], ENOUGH_SECONDS)
+            while len(self._recent) > 2 and self._recent[1][0] <= now - SHOWN_SECONDS:
+                self._recent.popleft()
+            began, *acks = self._recent
+        return sum(size for _, size in acks) / max(now - began[0], ENOUGH_SECONDS)

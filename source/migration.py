@@ -275,7 +275,7 @@ class Migration:
         # Whatever was sent to whom before: of what is in RAM, this destination has nothing.
         unsent = hooks.guarded("second-hop") and hooks.guarded("failed-then-retry")
         pages = runs.one(0, self._ram.layout.pages if unsent else 0)
-        number = 0
+        number, hopeless = 0, False
         while True:
             stats = self._send_round(number, pages)
             self._send_mappings()
@@ -284,6 +284,9 @@ class Migration:
             decision = decide(self._account.facts, self._limits)
             self._account.round_decided(facts, stats, self._streams.compression, decision)
             self._calls.check()
+            if decision.hopeless and not hopeless:
+                self._account.say(decision.reason)
+            hopeless = hopeless or decision.hopeless
             if decision.action is Action.SWITCH_OVER:
                 return
             if decision.action is Action.GIVE_UP:

@@ -77,6 +77,7 @@ class Decision:
     action: Action
     reason: str
     throttle_percent: int
+    hopeless: bool = False  # as it goes now, it would iterate for ever
 
 
 def decide(history: Sequence[RoundFacts], limits: Limits) -> Decision:
@@ -91,7 +92,7 @@ def decide(history: Sequence[RoundFacts], limits: Limits) -> Decision:
     if reached is not None:
         if limits.switch_over_at_limit:
             return Decision(Action.SWITCH_OVER, f"{reached}: switching over as told", throttle)
-        return Decision(Action.GIVE_UP, f"{reached}: {_what_would_help(last, limits)}", throttle)
+        return Decision(Action.GIVE_UP, f"{reached}: {_what_would_help(history, limits)}", throttle)
     if fits:
         return Decision(Action.ITERATE, "devices at the destination have not loaded their initial data yet", throttle)
     if limits.auto_converge and throttle < THROTTLE_MAX and _falls_behind(history):
@@ -99,13 +100,14 @@ def decide(history: Sequence[RoundFacts], limits: Limits) -> Decision:
         reason = f"the guest dirties more than half of what is sent: vCPUs slowed down by {throttle} %"
         return Decision(Action.THROTTLE, reason, throttle)
     reason = f"the rest would take {_ms(last.expected_downtime_s)}, accepted are {_ms(limits.max_downtime_s)}"
-    if _gets_no_better(history):
+    hopeless = _gets_no_better(history)
+    if hopeless:
         ways = [
             f"--max-downtime {_ms_up(last.expected_downtime_s)}",
             *([] if limits.auto_converge else ["--auto-converge"]),
         ]
         reason += f", and it gets no better: {' or '.join(ways)} would help"
-    return Decision(Action.ITERATE, reason, throttle)
+    return Decision(Action.ITERATE, reason, throttle, hopeless)
 
 
 def _limit_reached(last: RoundFacts, limits: Limits) -> str | None:
@@ -135,7 +137,8 @@ def _gets_no_better(history: Sequence[RoundFacts]) -> bool:
     return len(recent) == STUCK_ROUNDS and min(recent[1:]) > STUCK_SHARE * recent[0]
 
 
-def _what_would_help(last: RoundFacts, limits: Limits) -> str:
+def _what_would_help(history: Sequence[RoundFacts], limits: Limits) -> str:
+    last = history[-1]
     if not last.initial_data_loaded and last.expected_downtime_s <= limits.max_downtime_s:
         return "a device at the destination has not loaded its initial data; a higher limit would help"
     ways = [f"--max-downtime {_ms_up(last.expected_downtime_s)}"]
@@ -147,7 +150,7 @@ def _what_would_help(last: RoundFacts, limits: Limits) -> str:
             else f"nothing could be sent; it would converge with {ways[0]} or a faster link"
         )
     needed = last.pending_bytes / limits.max_downtime_s if limits.max_downtime_s > 0 else float("inf")
-    if last.dirty_rate < last.bandwidth and needed < float("inf"):
+    if last.dirty_rate < last.bandwidth and needed < float("inf") and not _gets_no_better(history):
         ways.append("more time")
     elif last.device_bytes < needed * limits.max_downtime_s:
         ways.append(f"a link of more than {_rate(max(needed, last.dirty_rate))}")

@@ -176,6 +176,8 @@ def run(checks: Sequence[Check], target: Target, limits: Limits) -> Iterator[Res
             lab.close()
         if not (target.restarts or gone or _well(target, limits)):
             gone = f"after {check.full_name} the server serves nobody; a command that starts it (--command) would go on"
+            if not number and outcome is Outcome.FAIL:
+                gone = "the server has answered nothing yet: it hangs, or serves another client"
             if number and outcome is Outcome.PASS:
                 outcome, detail = Outcome.FAIL, "the server, which has served several clients, serves nobody after it"
         seconds = time.monotonic() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,17 @@ def test_without_a_command_a_server_for_one_client_is_told_from_a_wrong_one(tmp_
         wait_for(path)
         outcomes = [result.outcome for result in run(CHECKS, SocketTarget(path), LIMITS)]
     assert outcomes == [Outcome.PASS, *[Outcome.UNKNOWN] * (len(CHECKS) - 1)]
+
+
+def test_a_server_that_serves_somebody_else_is_not_called_wrong_for_good(tmp_path: Path) -> None:
+    path = tmp_path / "device.sock"
+    with socket.socket(socket.AF_UNIX) as listener:  # it accepts nobody as long as it has its client
+        listener.bind(str(path))
+        listener.listen()
+        checks = [check for item in (VERSION, INFO) for check in CHECKS if check.full_name == item]
+        first, second = run(checks, SocketTarget(path), Limits(answer=0.2))
+    assert first.outcome is Outcome.FAIL and second.outcome is Outcome.UNKNOWN
+    assert "or serves another client" in second.detail
 
 
 def over_a_socket(tmp_path: Path, checks: Sequence[Check]) -> dict[str, Result]:

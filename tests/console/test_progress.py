@@ -56,6 +56,14 @@ def test_a_long_round_gets_a_line_now_and_then() -> None:
     assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["0.0", "5.0", "10.0"]
 
 
+def test_plain_lines_have_nothing_that_is_not_known() -> None:
+    stream = io.StringIO()
+    display = PlainProgress(Console(file=stream, width=200))
+    display.feed(pb.WatchEventsResponse(progress=pb.Progress(phase="precopy", dirty_rate=-1, expected_downtime_ms=-1)))
+    assert "applied" in stream.getvalue()
+    assert "dirtied" not in stream.getvalue() and "downtime" not in stream.getvalue()
+
+
 def test_a_lost_connection_is_taken_up_again_without_repeating_lines() -> None:
     events = story(result())
     host = FakeHost([*events[:50], ConnectionError("gone")], events)
@@ -133,6 +141,14 @@ def test_the_bar_has_a_line_of_its_own() -> None:
         display._live.refresh()
     headers = [line for line in stream.getvalue().splitlines() if "to read now" in line]
     assert headers and not any("━" in line for line in headers)
+
+
+def test_what_is_not_known_is_not_shown() -> None:
+    stream = io.StringIO()
+    display = PlainProgress(Console(file=stream, width=200))
+    display.feed(pb.WatchEventsResponse(progress=pb.Progress(phase="precopy", dirty_rate=-1, expected_downtime_ms=-1)))
+    assert "applied" in stream.getvalue()
+    assert "dirtied" not in stream.getvalue() and "downtime" not in stream.getvalue()
 
 
 def test_a_lost_connection_is_shown_until_it_is_there_again() -> None:

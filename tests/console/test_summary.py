@@ -39,6 +39,17 @@ def test_the_tables_hold_every_part() -> None:
     assert "nvme0" in text
 
 
+@pytest.mark.parametrize(("rounds", "lines"), [(17, 17), (18, 17), (400, 17)])
+def test_of_many_rounds_the_first_and_the_last_are_shown(rounds: int, lines: int) -> None:
+    ended = result()
+    del ended.rounds[:]
+    ended.rounds.extend(pb.Round(number=number, decision=f"<{number}>") for number in range(rounds))
+    text = printed(ended)
+    assert "<0>" in text and f"<{rounds - 1}>" in text
+    assert text.count("<") + text.count("more rounds") == lines
+    assert (f"{rounds - 16} more rounds, in full with --json" in text) == (rounds > 17)
+
+
 def test_verification_that_was_off_is_said() -> None:
     lines = sentences(result(verify="off", verified="false", downtime=pb.Downtime(pause=2)), "a:1")
     assert lines[1].startswith("Not verified: verification was off.")

@@ -79,23 +79,37 @@ def test_the_estimate_is_the_mean_of_the_fewest_last_rounds_that_suffice(rounds:
 
 def test_the_bandwidth_shown_is_of_the_last_second(now: list[float]) -> None:
     meter = Meter()
-    meter.applied(1, 8 * MIB)  # long ago by then
-    now[0] += 5.0
-    meter.applied(1, 3 * MIB)
-    now[0] += 0.5
-    meter.applied(1, 2 * MIB)
-    assert meter.current_bandwidth() == pytest.approx(10 * MIB)
+    for size in (8, 3, 2):  # the first is longer ago than that
+        now[0] += 0.5
+        meter.applied(1, size * MIB)
+    now[0] += 0.25
+    assert meter.current_bandwidth() == pytest.approx((3 + 2) * MIB / 1.25)
     assert meter.total_bytes == 13 * MIB
+
+
+def test_acks_that_come_seldom_are_shown_as_the_rate_that_they_make(now: list[float]) -> None:
+    meter = Meter()
+    shown = []
+    for _ in range(10):  # batches of 4 MiB through a link of 1 MiB/s
+        for _ in range(8):
+            now[0] += 0.5
+            shown.append(meter.current_bandwidth())
+        meter.applied(1024, 4 * MIB)
+    assert min(shown[8:]) >= MIB / 2 and max(shown[8:]) <= 2 * MIB
 
 
 def test_the_first_ack_is_not_an_infinite_bandwidth(now: list[float]) -> None:
     meter = Meter()
+    now[0] += 0.001
     meter.applied(256, MIB)
     assert meter.current_bandwidth() == pytest.approx(MIB / ENOUGH_SECONDS)
 
 
-def test_a_link_that_carries_nothing_any_more_shows_nothing(now: list[float]) -> None:
+def test_a_link_that_carries_nothing_any_more_shows_ever_less(now: list[float]) -> None:
     meter = Meter()
-    meter.applied(1, 8 * MIB)
+    for _ in range(100):
+        now[0] += 0.1
+        meter.applied(1, 8 * MIB)
+    before = meter.current_bandwidth()
     now[0] += 5.0
-    assert meter.current_bandwidth() == 0
+    assert meter.current_bandwidth() < before / 25

@@ -140,6 +140,14 @@ def test_says_what_would_help(last: RoundFacts, limits: Limits, ways: list[str])
     assert decision.reason.partition("it would converge with ")[2] == " or ".join(ways)
 
 
+def test_more_time_is_not_advised_where_rounds_do_not_shrink() -> None:
+    """A set of pages that are always dirty is left after each round, however fast the link."""
+    hot = [facts(number=number, dirty_bytes=50 * MB) for number in range(STUCK_ROUNDS)]
+    reason = decide(hot, Limits(0.1, max_rounds=STUCK_ROUNDS)).reason
+    assert "more time" not in reason and "a link of more than 500.0 MB/s" in reason
+    assert "more time" in decide(hot[-1:], Limits(0.1, max_rounds=STUCK_ROUNDS)).reason
+
+
 @given(HISTORIES, LIMITS)
 def test_never_gives_up_without_a_limit(history: list[RoundFacts], limits: Limits) -> None:
     decision = decide(history, replace(limits, timeout_s=None, max_rounds=None))
@@ -218,6 +226,7 @@ def test_what_gets_no_better_is_said_with_what_would_help() -> None:
         "the rest would take 800 ms, accepted are 100 ms, and it gets no better: --max-downtime 1001ms or "
         "--auto-converge would help"
     )
+    assert decide(stuck, limits).hopeless and not decide(stuck[1:], limits).hopeless
     assert "no better" not in decide(stuck[1:], limits).reason
     assert "no better" not in decide([*stuck[:-1], facts(dirty_bytes=60 * MB)], limits).reason
     assert "auto-converge" not in decide(stuck, replace(limits, auto_converge=True)).reason

@@ -830,7 +830,7 @@ class Progress(_message.Message):
     bandwidth: _builtins.float
     """Bytes applied per second."""
     dirty_rate: _builtins.float
-    """Bytes of distinct pages that the guest dirties per second."""
+    """Bytes of distinct pages that the guest dirties per second; negative: not known."""
     expected_downtime_ms: _builtins.float
     """Downtime if it switched over now, in milliseconds; negative: not known."""
     sent_bytes: _builtins.int
