@@ -176,10 +176,11 @@ class Arrival:
     # precopy and switchover: three kinds of streams, side by side
 
     def apply_pages(self, lane: int, batches: Iterator[PageBatch]) -> Iterator[migration_pb2.SendPagesResponse]:
-        """Write one gRPC lane's pages to RAM; acknowledge each batch once it is there."""
+        """Write one gRPC lane's pages to RAM; acknowledge what is there where the source waits for it."""
         for batch in batches:
             self._apply_batch(lane, batch)
-            yield migration_pb2.SendPagesResponse(applied_sequence=batch.sequence)
+            if not batch.more:
+                yield migration_pb2.SendPagesResponse(applied_sequence=batch.sequence)
 
     def serve_lane(self, generation: int, lane: int, connection: LaneSocket) -> None:
         """The same for a TCP lane, to its end; what it is refused for it is told."""

@@ -8,13 +8,18 @@ import grpc
 from switchover.v1 import host_pb2, migration_pb2
 
 from common.host.network import Security
+from common.memory.compression import MAX_UNIT_PAGES
 from source.grpc_lane import GrpcLane
 from source.lanes import OnApplied, OpenLane
 from source.limiter import Limiter
 from source.reconnect import Connection
 from source.tcp_lane import LanePort, TcpLane
 
-__all__ = ["opener"]
+__all__ = ["BATCH_PAGES", "opener"]
+
+# gRPC copies a message several times at either end: one of 1 MiB stays in the caches meanwhile. TCP copies nothing.
+BATCH_PAGES = {migration_pb2.LANE_KIND_GRPC: 256, migration_pb2.LANE_KIND_TCP: MAX_UNIT_PAGES}
+"""Pages with a payload in a batch that is not compressed."""
 
 
 def opener(

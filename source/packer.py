@@ -33,6 +33,8 @@ MAX_WORKERS = 4
 CACHE_BYTES = 64 << 20
 # A small round is cut finer, so that every worker has some of it, but no finer than this.
 MIN_UNIT_PAGES = 64
+# An ack costs both ends more than a batch of 1 MiB does, so they are asked for after so much, or so long.
+ACK_BYTES, ACK_SECONDS = 8 << 20, 0.05
 # So many small batches go first, one at a time, to see how fast the link is.
 FIRST_LOOKS, FIRST_LOOK_PAGES = 3, 64
 
@@ -47,10 +49,20 @@ class Packer:
     """Makes the batches of all lanes; `close` ends its threads."""
 
     def __init__(
-        self, ram: GuestRam, compression: host_pb2.Compression.ValueType, lanes: int, *, packing: bool = True
+        self,
+        ram: GuestRam,
+        compression: host_pb2.Compression.ValueType,
+        lanes: int,
+        unit_pages: int,
+        *,
+        packing: bool = True,
     ) -> None:
-        """Without `packing` the destination knows nothing but whole pages and lz4: what would be zstd is that too."""
+        """`unit_pages`: of a batch that is not compressed.
+
+        Without `packing` the destination knows nothing but whole pages and lz4: what would be zstd is that too.
+        """
         self._ram = ram
+        self._unit_pages = unit_pages
         self._sent_so_far = [LaneStats() for _ in range(lanes)]
         self._sent = [self._nothing_sent() for _ in range(lanes)]
         workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
@@ -79,7 +91,16 @@ class Packer:
         `data` are the runs of RAM that are not holes: no page outside them is read. `drain` waits until everything that
         the lane has sent is applied.
         """
+        left = runs.total(pages)
+        asked_at, unasked = time.monotonic(), 0
         for batch in self._batches(lane, pages, data, number, drain):
+            left -= batch.pages
+            unasked += batch.payload_bytes
+            now = time.monotonic()
+            # Nobody waits for its ack alone: neither for the round's end, nor for how long it took.
+            batch.more = left > 0 and self._looks_left <= 0 and unasked < ACK_BYTES and now - asked_at < ACK_SECONDS
+            if not batch.more:
+                asked_at, unasked = now, 0
             yield batch
             self._sent_so_far[lane].count(batch)
 
@@ -98,7 +119,7 @@ class Packer:
             return 0 if method is NONE else min(method.unit_pages, most)
 
         packing: deque[Future[tuple[PageBatch, Method]]] = deque()
-        for batch in encode(self._ram, *pages, round=number, data=data, copied=copied):
+        for batch in encode(self._ram, *pages, round=number, data=data, copied=copied, unit_pages=self._unit_pages):
             if method is not NONE and batch.payload:
                 if self._refers:
                     sent.reduce(batch)

@@ -13,6 +13,7 @@ from common.machine.client import DeviceInfo, MachineClient, Rest
 from common.memory.ram import GuestRam
 from common.rpc import versions
 from common.vfio.migration import MigrationFlags
+from source.lane_kinds import BATCH_PAGES
 from source.lane_stats import LaneStats
 from source.lanes import OpenLane, PageLanes
 from source.limiter import Limiter
@@ -45,7 +46,9 @@ class Streams:
         """`peers` are the migration flags of the destination's devices; `on_applied` is told (pages, bytes) of acks."""
         self._link = link
         with ExitStack() as opened:
-            self._packer = Packer(ram, request.compression, request.lanes, packing=versions.PACKING in features)
+            unit_pages = BATCH_PAGES[request.lane_kind]
+            packing = versions.PACKING in features
+            self._packer = Packer(ram, request.compression, request.lanes, unit_pages, packing=packing)
             opened.callback(self._packer.close)
 
             def applied(pages: int, size: int) -> None:

@@ -81,6 +81,8 @@ class PageBatch:
     equal: bytes = b""
     delta: bytes = b""
     equal_to: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    more: bool = False
+    """Another batch follows at once: the ack of that one will do for this one too."""
     pages: int = field(init=False)
     """Number of pages, zero pages too."""
 
@@ -169,10 +171,11 @@ def encode(
     round: int,  # noqa: A002 - the name that the field has everywhere
     data: Runs | None = None,
     copied: Callable[[], int] | None = None,
+    unit_pages: int = MAX_UNIT_PAGES,
 ) -> Iterator[PageBatch]:
     """Yield raw batches that carry the pages of ascending runs, each page once; their sequence is 0.
 
-    A batch has up to `MAX_UNIT_PAGES` pages with a payload: a smaller message costs as many wake-ups of threads.
+    A batch that may not be copied (below) has up to `unit_pages` pages with a payload.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
     dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM: it is to be
@@ -193,7 +196,7 @@ def encode(
         while begin < pages.size:
             # A batch ends where the next page with a payload would be too many; zero pages go with the batch before.
             copy = copied() if copied is not None else 0
-            full += copy or MAX_UNIT_PAGES
+            full += copy or unit_pages
             end = int(filled[full]) if full < filled.size else pages.size
             bits = zero[begin:end]
             covered = runs.from_pages(pages[begin:end])

@@ -20,8 +20,8 @@ __all__ = ["parse", "serialize"]
 # Wire types.
 _VARINT, _I64, _LEN, _START_GROUP, _END_GROUP, _I32 = range(6)
 # Field numbers.
-_SEQUENCE, _ROUND, _ENCODING, _RUN_FIRST, _RUN_PAGES, _ZERO, _PAYLOAD, _UNCHANGED, _DELTA, _EQUAL, _EQUAL_TO = range(
-    1, 12
+_SEQUENCE, _ROUND, _ENCODING, _RUN_FIRST, _RUN_PAGES, _ZERO, _PAYLOAD, _UNCHANGED, _DELTA, _EQUAL, _EQUAL_TO, _MORE = (
+    range(1, 13)
 )
 _MAX_GROUP_DEPTH = 100
 
@@ -29,7 +29,8 @@ _MAX_GROUP_DEPTH = 100
 def serialize(batch: PageBatch) -> bytes:
     """Return the message of a batch; the payload is copied once."""
     parts: list[Buffer] = []
-    for number, value in ((_SEQUENCE, batch.sequence), (_ROUND, batch.round), (_ENCODING, batch.encoding)):
+    head = (_SEQUENCE, batch.sequence), (_ROUND, batch.round), (_ENCODING, batch.encoding), (_MORE, batch.more)
+    for number, value in head:
         if value:
             parts.append(_varint(number << 3 | _VARINT) + _varint(value))
     _append_words(parts, _RUN_FIRST, batch.run_first)
@@ -87,12 +88,12 @@ class _Parser:
         self._end = len(data)
 
     def batch(self) -> PageBatch:
-        numbers = [0, 0, 0, 0]
+        numbers = dict.fromkeys((_SEQUENCE, _ROUND, _ENCODING, _MORE), 0)
         words: dict[int, list[memoryview]] = {_RUN_FIRST: [], _RUN_PAGES: [], _EQUAL_TO: []}
         chunks = dict.fromkeys((_ZERO, _PAYLOAD, _UNCHANGED, _DELTA, _EQUAL), self._view[:0])
         while self._position < self._end:
             number, kind = self._tag()
-            if kind == _VARINT and number in (_SEQUENCE, _ROUND, _ENCODING):
+            if kind == _VARINT and number in numbers:
                 numbers[number] = self._varint()
             elif kind == _LEN and number in words:
                 packed = self._take(self._varint())
@@ -119,6 +120,7 @@ class _Parser:
             equal=bytes(chunks[_EQUAL]),
             delta=bytes(chunks[_DELTA]),
             equal_to=_words(words[_EQUAL_TO]),
+            more=bool(numbers[_MORE]),
         )
 
     def _tag(self) -> tuple[int, int]:

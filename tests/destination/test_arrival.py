@@ -429,6 +429,13 @@ def test_pages_are_in_ram_when_they_are_acknowledged(lanes: Rig) -> None:
     assert firsts[CHUNK_PAGES:][:4].tolist() == [0, 1, 1, 0]
 
 
+def test_batches_that_others_follow_at_once_have_their_ack(rig: Rig) -> None:
+    rig.prepare()
+    first, second, third = (batch(number, number, 1) for number in (1, 2, 3))
+    first.more = second.more = True
+    assert rig.pages(first, second, third) == [3]
+
+
 def test_a_lane_has_chunks_of_its_own(lanes: Rig) -> None:
     lanes.prepare()
     assert refused(lambda: lanes.pages(batch(1, CHUNK_PAGES))).endswith("a batch has pages of another lane")

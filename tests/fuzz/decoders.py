@@ -124,7 +124,7 @@ def page_batch(data: bytes) -> None:
         (batch.sequence, batch.round, batch.encoding, batch.zero, b"".join(batch.payload))
         == (message.sequence, message.round, message.encoding, message.zero, message.payload)
         and (batch.unchanged, batch.equal, batch.delta) == (message.unchanged, message.equal, message.delta)
-        and batch.equal_to.tolist() == list(message.equal_to)
+        and (batch.equal_to.tolist(), batch.more) == (list(message.equal_to), message.more)
         and batch.run_first.tolist() == list(message.run_first)
         and batch.run_pages.tolist() == list(message.run_pages),
         "protobuf and we read different batches",

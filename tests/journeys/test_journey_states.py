@@ -301,6 +301,8 @@ def test_a_state_that_cannot_begin_again_there(hosts: Hosts, request_: str) -> N
     with hosts.rig.held("source.sync0") as arrived:
         session = hosts.here.begin(hosts.there.address, max_downtime_ms=ALL_AT_ONCE)
         arrived()
+        # What has sent nothing yet begins, and does not begin again.
+        assert hosts.here.tells(session, lambda event: any(its.sent_bytes for its in event.progress.devices))
         pause(hosts.here)
         hosts.fail(request_)
         resume(hosts.here)

@@ -13,6 +13,7 @@ from switchover.v1 import host_pb2
 from switchover.v1 import migration_pb2 as pb
 
 from common.memory import runs
+from common.memory.compression import MAX_UNIT_PAGES
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE
 from common.memory.pages import Applier, PageBatch
 from common.memory.ram import GuestRam
@@ -163,7 +164,7 @@ def open_lanes(
         lanes,
         network.link,
         lambda number, connection, on_applied: Lane(network, number, connection, on_applied),
-        Packer(source, compression, lanes),
+        Packer(source, compression, lanes, MAX_UNIT_PAGES),
         lambda *_: None,
     )
 

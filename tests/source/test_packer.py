@@ -8,7 +8,7 @@ import pytest
 from switchover.v1 import host_pb2
 
 from common.memory import runs
-from common.memory.compression import LZ4, ZSTD
+from common.memory.compression import LZ4, MAX_UNIT_PAGES, ZSTD
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
 from common.memory.pages import Applier, Encoding, PageBatch
 from common.memory.ram import GuestRam
@@ -44,7 +44,7 @@ def opened(source: GuestRam) -> Iterator[Callable[..., Packer]]:
     packers: list[Packer] = []
 
     def open_packer(compression: int, lanes: int = 1, *, packing: bool = True) -> Packer:
-        packers.append(Packer(source, compression, lanes, packing=packing))  # type: ignore[arg-type]  # an enum's value is a number
+        packers.append(Packer(source, compression, lanes, MAX_UNIT_PAGES, packing=packing))  # type: ignore[arg-type]  # an enum's value is a number
         return packers[-1]
 
     yield open_packer
@@ -84,6 +84,28 @@ def test_pages_arrive_in_order_packed_as_told(
     again = send(packer, applier, source, 1)
     filled = int(source.pages[: PAGES * 3 // 4].any(axis=1).sum())
     assert sum(batch.unchanged_pages for batch in again) == (0 if encoding is Encoding.RAW else filled)
+
+
+def test_acks_are_asked_for_now_and_then_and_for_the_last_batch(
+    source: GuestRam, opened: Callable[..., Packer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packer_module, "ACK_BYTES", 3 * MAX_UNIT_PAGES * PAGE_SIZE)
+    monkeypatch.setattr(packer_module, "ACK_SECONDS", 1e9)
+    batches = [
+        batch
+        for batch in opened(host_pb2.COMPRESSION_OFF).batches(0, ALL, source.data_runs(), 0, lambda: None)
+        if batch.payload
+    ]
+    sizes = [0]
+    for batch in batches[:-1]:
+        sizes[-1] += batch.payload_bytes
+        if not batch.more:
+            sizes.append(0)
+    assert not batches[-1].more and any(batch.more for batch in batches)
+    assert len(sizes) > 1 and all(size >= packer_module.ACK_BYTES for size in sizes[:-1])
+    monkeypatch.setattr(packer_module, "ACK_SECONDS", 0)
+    slow = opened(host_pb2.COMPRESSION_OFF).batches(0, ALL, source.data_runs(), 0, lambda: None)
+    assert not any(batch.more for batch in slow)
 
 
 @pytest.mark.parametrize("compression", [host_pb2.COMPRESSION_ZSTD, host_pb2.COMPRESSION_AUTO])

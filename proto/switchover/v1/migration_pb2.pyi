@@ -401,6 +401,7 @@ class SendPagesRequest(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     EQUAL_FIELD_NUMBER: _builtins.int
     EQUAL_TO_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts the batches of this lane from 1, without gaps."""
     round: _builtins.int
@@ -417,6 +418,8 @@ class SendPagesRequest(_message.Message):
     """A bit per page, or empty; set: the payload has the page XORed with what it was before this batch."""
     equal: _builtins.bytes
     """A bit per page, or empty; set: the page is what the page named in equal_to was before this batch."""
+    more: _builtins.bool
+    """Another batch follows at once, and its ack will do: the destination need not acknowledge this one by itself."""
     @_builtins.property
     def run_first(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First page of each run; a page number is an offset in guest RAM divided by 4096."""
@@ -443,10 +446,11 @@ class SendPagesRequest(_message.Message):
         delta: _builtins.bytes = ...,
         equal: _builtins.bytes = ...,
         equal_to: _abc.Iterable[_builtins.int] | None = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "encoding", b"encoding", "equal", b"equal", "equal_to", b"equal_to", "payload", b"payload", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "unchanged", b"unchanged", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "encoding", b"encoding", "equal", b"equal", "equal_to", b"equal_to", "more", b"more", "payload", b"payload", "round", b"round", "run_first", b"run_first", "run_pages", b"run_pages", "sequence", b"sequence", "unchanged", b"unchanged", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
