@@ -286,13 +286,13 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
     limit = np.uint64(pages_in_ram)
     if int(first.max()) >= pages_in_ram or bool((count > limit - first).any()):
         raise ValueError(f"a batch has a run outside RAM of {pages_in_ram} pages")
-    if bool((first[1:] < first[:-1] + count[:-1]).any()):
+    if first.size > 1 and bool((first[1:] < first[:-1] + count[:-1]).any()):
         raise ValueError("the runs of a batch overlap or do not ascend")
     pages = batch.pages
     if pages > MAX_PAGES:
         raise ValueError(f"a batch has {pages} pages, more than {MAX_PAGES}")
     _check_bits(batch, pages)
-    if batch.equal_to.size != batch.equal_pages or bool((batch.equal_to >= limit).any()):
+    if batch.equal_to.size != batch.equal_pages or int(batch.equal_to.max(initial=0)) >= pages_in_ram:
         raise ValueError("a batch has pages that equal none, or one outside RAM")
     full = batch.payload_pages
     if full + batch.equal_pages > MAX_UNIT_PAGES:
@@ -302,7 +302,7 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
 
 def _check_bits(batch: PageBatch, pages: int) -> None:
     size = (pages + 7) // 8
-    taken = np.zeros(size, np.uint8)
+    taken = 0
     for name, bits in (
         ("zero", batch.zero),
         ("unchanged", batch.unchanged),
@@ -313,10 +313,10 @@ def _check_bits(batch: PageBatch, pages: int) -> None:
             raise ValueError(f"a batch of {pages} pages has {len(bits)} bytes of {name} bits, not {size}")
         if bits and pages % 8 and bits[-1] >> pages % 8:
             raise ValueError(f"a batch of {pages} pages has a bit of {name} past the last one")
-        if bits:
-            if (taken & np.frombuffer(bits, np.uint8)).any():
-                raise ValueError(f"a batch has a page that is {name} and something else")
-            taken |= np.frombuffer(bits, np.uint8)
+        its = int.from_bytes(bits, "little")
+        if taken & its:
+            raise ValueError(f"a batch has a page that is {name} and something else")
+        taken |= its
 
 
 def _joined(payload: Sequence[Buffer]) -> Buffer:
@@ -353,11 +353,11 @@ class Applier:
         if zero_pages == pages:
             self._clear(covered)
             return pages, zero_pages
-        numbers = runs.expand(covered)
         if batch.payload_pages == pages and not batch.delta:
-            # Most of round 0, and no flag of any page is looked at.
-            self._write(numbers, covered, self._payload(batch, covered, receive), receive)
+            # Most of round 0, and no page is looked at by itself.
+            self._write(covered, self._payload(batch, covered, receive), receive)
             return pages, zero_pages
+        numbers = runs.expand(covered)
         zero, unchanged, equal, delta = (
             flags(bits, pages) for bits in (batch.zero, batch.unchanged, batch.equal, batch.delta)
         )
@@ -365,8 +365,7 @@ class Applier:
         if not (self._written[numbers[unchanged | delta]].all() and self._written[equal_to].all()):
             raise ValueError("a batch refers to a page that is zero, or was never sent")
         whole = ~(zero | unchanged | equal)
-        filled = numbers[whole]
-        places = runs.from_pages(filled)
+        places = runs.from_pages(numbers[whole])
         payload = self._payload(batch, places, receive)
         # All that is referred to is read before anything is written.
         others = self._ram.pages[equal_to]
@@ -375,8 +374,8 @@ class Applier:
             payload[delta[whole]] ^= self._ram.pages[numbers[delta]]
         if zero_pages:
             self._clear(runs.from_pages(numbers[zero]))
-        self._write(filled, places, payload, receive)
-        self._write(numbers[equal], runs.from_pages(numbers[equal]), others)
+        self._write(places, payload, receive)
+        self._write(runs.from_pages(numbers[equal]), others)
         return pages, zero_pages
 
     def _payload(self, batch: PageBatch, places: Runs, receive: Receive | None) -> Block | None:
@@ -388,33 +387,35 @@ class Applier:
         size = runs.total(places) * PAGE_SIZE
         return np.frombuffer(unpack(batch.encoding, _joined(batch.payload), size), np.uint8).reshape(-1, PAGE_SIZE)
 
-    def _write(self, numbers: Numbers, places: Runs, payload: Block | None, receive: Receive | None = None) -> None:
-        """Write pages, which are in these places."""
-        if not numbers.size:
+    def _write(self, places: Runs, payload: Block | None, receive: Receive | None = None) -> None:
+        """Write pages to these places."""
+        if places[0].size > _MAX_PARTS:
+            assert payload is not None  # see `_payload`
+            numbers = runs.expand(places)
+            self._written[numbers] = True
+            self._ram.pages[numbers] = payload
+            self._changed(numbers)
             return
-        self._written[numbers] = True
+        spans = [
+            slice(first, first + count) for first, count in zip(places[0].tolist(), places[1].tolist(), strict=True)
+        ]
+        for span in spans:
+            self._written[span] = True
         try:
             if payload is not None:
-                self._store(numbers, places, payload)
-            elif receive is not None:
-                receive(self._views(places))
+                done = 0
+                for span in spans:
+                    pages = span.stop - span.start
+                    self._ram.pages[span] = payload[done : done + pages]
+                    done += pages
+            elif spans and receive is not None:
+                receive([self._ram.view[span.start * PAGE_SIZE : span.stop * PAGE_SIZE] for span in spans])
         finally:
-            self._changed(numbers)
-
-    def _views(self, places: Runs) -> list[memoryview]:
-        starts = (places[0] * PAGE_SIZE).tolist()
-        ends = ((places[0] + places[1]) * PAGE_SIZE).tolist()
-        return [self._ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
-
-    def _store(self, numbers: Numbers, places: Runs, payload: Block) -> None:
-        first, count = places
-        if first.size <= _MAX_PARTS:
-            done = 0
-            for begin, pages in zip(first.tolist(), count.tolist(), strict=True):
-                self._ram.pages[begin : begin + pages] = payload[done : done + pages]
-                done += pages
-        else:
-            self._ram.pages[numbers] = payload
+            done = 0  # a chunk that has several of them counts once
+            for span in spans:
+                begin, end = span.start // CHUNK_PAGES, (span.stop - 1) // CHUNK_PAGES + 1
+                self.generation_of_chunk[max(begin, done) : end] += 1
+                done = end
 
     def _clear(self, zero: Runs) -> None:
         """Clear those pages that something was written to; the others are zero, and most of them holes."""
