@@ -27,8 +27,6 @@ __all__ = [
     "check_size",
     "count",
     "empty",
-    "from_bytes",
-    "full",
     "page_blocks",
     "pages_of",
     "runs_of",
@@ -55,27 +53,6 @@ def words_for(pages: int) -> int:
 def empty(pages: int) -> Words:
     """Return a bitmap with no bit set."""
     return np.zeros(words_for(pages), np.uint64)
-
-
-def full(pages: int) -> Words:
-    """Return a bitmap with the bits of all pages set."""
-    words = np.full(words_for(pages), _ONES, np.uint64)
-    if pages % 64:
-        words[-1] = (1 << pages % 64) - 1
-    return words
-
-
-def from_bytes(data: bytes | bytearray | memoryview, pages: int) -> Words:
-    """Return a copy of a bitmap that came from elsewhere.
-
-    `ValueError` unless it has exactly `words_for(pages)` words of 8 bytes and no bit past the last page.
-    """
-    view = memoryview(data)
-    if view.nbytes != words_for(pages) * 8:
-        raise ValueError(f"a bitmap of {pages} pages has {words_for(pages) * 8} bytes, not {view.nbytes}")
-    words = np.frombuffer(view, "<u8").astype(np.uint64)
-    _check_tail(words, pages)
-    return words
 
 
 def _groups(words: Words) -> Words:
@@ -111,11 +88,6 @@ def check_size(words: Words, pages: int) -> None:
     """Raise `ValueError` unless it is a bitmap of `pages` pages."""
     if words.shape != (words_for(pages),):
         raise ValueError(f"a bitmap of {pages} pages has {words_for(pages)} words, not {words.size}")
-
-
-def _check_tail(words: Words, pages: int) -> None:
-    if pages % 64 and int(words[-1]) >> pages % 64:
-        raise ValueError(f"a bitmap of {pages} pages has a bit set past the last one")
 
 
 def count(words: Words) -> int:
@@ -210,8 +182,8 @@ def set_range(words: Words, first: int, pages: int) -> None:
 class DirtyBitmap:
     """The RAM bitmap of a migration: every log is merged into it, and it is taken as a whole.
 
-    Any thread may call any method. Page numbers outside RAM are refused (`IndexError`), bitmaps of another size too
-    (`ValueError`): a bit that cannot be placed must not get lost.
+    Any thread may call any method. Page numbers outside RAM are refused (`IndexError`): a bit that cannot be placed
+    must not get lost.
     """
 
     __slots__ = ("_lock", "_words", "pages")
@@ -235,26 +207,9 @@ class DirtyBitmap:
         with self._lock:
             set_pages(self._words, pages)
 
-    def merge(self, words: Words) -> None:
-        """Mark the pages of a bitmap of the same size."""
-        check_size(words, self.pages)
-        _check_tail(words, self.pages)
-        with self._lock:
-            np.bitwise_or(self._words, words, out=self._words)
-
     def take(self) -> Words:
         """Return what was marked since the last call; it belongs to the caller."""
         fresh = empty(self.pages)
         with self._lock:
             taken, self._words = self._words, fresh
         return taken
-
-    def count(self) -> int:
-        """Return the number of marked pages."""
-        with self._lock:
-            return count(self._words)
-
-    def any(self) -> bool:
-        """Return whether a page is marked."""
-        with self._lock:
-            return bool(self._words.any())

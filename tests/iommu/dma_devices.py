@@ -11,7 +11,7 @@ import numpy as np
 
 from common.iommu.container import Container
 from common.iommu.tracking import DeviceTraits
-from common.memory.bitmap import DirtyBitmap, Words, from_bytes, pages_of
+from common.memory.bitmap import DirtyBitmap, Words, pages_of
 from common.memory.layout import PAGE_SIZE, Layout
 from common.vfio.dirty_log import DirtyLog, LogLimits
 from common.vfio.feature import Range
@@ -150,7 +150,7 @@ class Device:
         return self.logging_report(iova, length, page_size)
 
     def _take(self, iova: int, length: int) -> Words:
-        words = from_bytes(self.log.report(iova, length, PAGE_SIZE), length // PAGE_SIZE)
+        words = np.frombuffer(self.log.report(iova, length, PAGE_SIZE), np.uint64)
         if self.clears_granule:
             low, high = iova // self.granule * self.granule, -(-(iova + length) // self.granule) * self.granule
             self.log.report(low, high - low, PAGE_SIZE)
