@@ -11,7 +11,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 
 from common import hooks
@@ -114,13 +114,14 @@ class Engine:
             if (self.doorbell, select.POLLIN) in ready:
                 hooks.reach("device.rung")
             if not self._watched.keys().isdisjoint(fd for fd, _ in ready):
-                self._call_watchers([fd for fd, _ in ready])
+                self._call_watchers(poll)
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
 
-    def _call_watchers(self, ready: Sequence[int]) -> None:
+    def _call_watchers(self, poll: select.poll) -> None:
         with self.watching:
-            for fd in ready:
+            # Asked again: one that was ready may be closed by now, and its number another's.
+            for fd, _ in poll.poll(0):
                 if action := self._watched.get(fd):
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(fd)
