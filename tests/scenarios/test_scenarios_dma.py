@@ -68,8 +68,8 @@ class TestLastPageOfSlot(Scenario):
     WRITER = "nvme0 wrote it "
 
     def play(self, stage: Stage, *, guarded: bool) -> host_pb2.MigrationResult:
-        # After the second round: whatever the driver has written since tracking began, which is long ago on a busy host,
-        # is copied once more after the first one, and would hide what is lost.
+        # After the second round: all that the driver has written since tracking began, long ago on a busy host, is
+        # copied once more after the first one, and would hide what is lost.
         with stage.held("source.sync1") as at_the_sync:
             session = stage.begin(max_downtime_ms=0.001, max_rounds=2, on_timeout=host_pb2.ON_TIMEOUT_SWITCH_OVER)
             at_the_sync()
