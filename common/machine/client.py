@@ -149,8 +149,11 @@ class MachineClient:
         return cls(directory, Client.connect(directory / SOCKET))
 
     def another(self) -> MachineClient:
-        """Open another connection to the same machine."""
-        return MachineClient.connect(self.directory)
+        """Open another connection to the same machine; raise `ClosedError` if it has ended."""
+        try:
+            return MachineClient.connect(self.directory)
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            raise ClosedError("the machine process has ended") from error
 
     def has_ended(self) -> bool:
         """Return whether there is no machine process any more; that a connection has closed does not tell."""

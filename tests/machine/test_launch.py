@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from common.ipc.channel import ClosedError
 from common.machine import launch as launch_module
 from common.machine.client import SOCKET, MachineClient
 from common.machine.config import MachineSpec, ViommuSpec, from_json
@@ -91,3 +93,18 @@ def test_a_machine_that_hangs_is_given_up(tmp_path: Path, start: Callable[..., M
     with pytest.raises(TimeoutError, match="did not start in 120 s"):
         start(process)
     assert process.killed
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["a socket is left", "nothing is left"])
+def test_there_is_no_other_connection_to_a_machine_that_has_ended(tmp_path: Path, *, left: bool) -> None:
+    path = tmp_path / SOCKET
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        machine = MachineClient.connect(tmp_path)
+    if not left:
+        path.unlink()
+    assert machine.has_ended()
+    with pytest.raises(ClosedError, match="the machine process has ended"):
+        machine.another()
+    machine.close()
