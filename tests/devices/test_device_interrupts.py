@@ -193,9 +193,8 @@ def test_with_msix_the_pin_rests(nic: Rig) -> None:
     os.close(vector)
 
 
-def test_are_set_up_while_a_dma_message_is_under_way(rig: Callable[..., Rig]) -> None:
-    # QEMU answers no DMA message while one of its CPUs waits for an answer of ours.
-    device = rig("nic")
+def in_a_dma_message(device: Rig) -> threading.Event:
+    """Let a device wait for the answer to a DMA message, until the event is set."""
     asked, go = threading.Event(), threading.Event()
 
     def read(_iova: int, count: int) -> bytes:
@@ -209,6 +208,25 @@ def test_are_set_up_while_a_dma_message_is_under_way(rig: Callable[..., Rig]) ->
     device.write(pci.RING_ENTRIES, 4)
     device.write(pci.CONTROL, pci.CONTROL_ENABLE)
     assert asked.wait(PATIENCE)
+    return go
+
+
+def test_bus_mastering_is_off_when_no_dma_is_under_way_any_more(rig: Callable[..., Rig]) -> None:
+    device = rig("nic")
+    go = in_a_dma_message(device)
+    off = threading.Thread(target=lambda: device.bus_master(on=False))
+    off.start()
+    off.join(0.3)
+    waited = off.is_alive()
+    go.set()
+    off.join(PATIENCE)
+    assert waited and not off.is_alive()
+
+
+def test_are_set_up_while_a_dma_message_is_under_way(rig: Callable[..., Rig]) -> None:
+    # QEMU answers no DMA message while one of its CPUs waits for an answer of ours.
+    device = rig("nic")
+    go = in_a_dma_message(device)
     began = time.monotonic()
     timer = threading.Timer(PATIENCE / 2, go.set)
     timer.start()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from common.vfio_user.codec import Header
+from common.vfio_user.codec import FLAG_REPLY, HEADER_SIZE, Header
 from common.vfio_user.transport import Connection, ConnectionLostError, Message
 
 LIMIT = 8 << 20
@@ -173,6 +173,27 @@ def test_descriptors_arrive_and_do_not_leak_into_children() -> None:
         reply.close_fds()
         for fd in ours:
             os.close(fd)
+
+
+def test_descriptors_that_nobody_expects_are_dropped_by_the_kernel() -> None:
+    ours, peer = socket.socketpair()
+    connection = Connection(ours, limit=LIMIT, timeout=10, commands_bring_fds=False)
+
+    def answer(*fds: int) -> None:
+        number = Header.unpack(memoryview(peer.recv(HEADER_SIZE)), LIMIT).message_id
+        socket.send_fds(peer, [Header(number, 9, HEADER_SIZE + 1, FLAG_REPLY).pack() + b"y"], fds)
+
+    before = len(os.listdir("/proc/self/fd"))
+    for keep, kept in ((False, 0), (True, 2), (False, 0)):
+        server = threading.Thread(target=answer, args=(0, 0))
+        server.start()
+        reply = connection.request(9, keep_fds=keep)
+        server.join()
+        assert len(reply.fds) == kept and bytes(reply.body) == b"y"
+        reply.close_fds()
+        assert len(os.listdir("/proc/self/fd")) == before
+    connection.close()
+    peer.close()
 
 
 def test_a_descriptor_that_is_none_leaves_the_connection_as_it_was() -> None:
