@@ -143,7 +143,7 @@ def migrate(
     from console.progress import open_progress
 
     if source == destination:
-        raise CommandError(f"migrate: {source} has the machine already; see switchover status", ExitCode.USAGE)
+        raise CommandError(f"migrate: source and destination are both {source}", ExitCode.USAGE)
     request = MigrateRequest(
         destination=destination,
         max_downtime_ms=max_downtime * 1000,

@@ -114,7 +114,7 @@ class Account:
         """Start to count a round's acks."""
         self._progress.round = number
         self._progress.round_pages = pages
-        self.meter.round_pages = 0
+        self.meter.round_begins()
 
     def round_sent(self, stats: LaneStats, seconds: float) -> None:
         """Note what a round has sent."""

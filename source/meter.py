@@ -25,6 +25,14 @@ class Meter:
         self.total_bytes = 0
         self.round_pages = 0
 
+    def round_begins(self) -> None:
+        """Count a round's pages from now on; a time before it in which nothing was sent does not count as slow."""
+        now = time.monotonic()
+        with self._lock:
+            self.round_pages = 0
+            if now - self._recent[-1][0] > ENOUGH_SECONDS:
+                self._recent = deque([(now, 0)])
+
     def applied(self, pages: int, size: int) -> None:
         """Count what an ack has acknowledged."""
         now = time.monotonic()
@@ -32,6 +40,12 @@ class Meter:
             self.total_bytes += size
             self.round_pages += pages
             self._recent.append((now, size))
+            self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        """Keep the acks of the last second and the one before them, and two in any case."""
+        while len(self._recent) > 2 and self._recent[1][0] <= now - SHOWN_SECONDS:
+            self._recent.popleft()
 
     def round_done(self, seconds: float, size: int) -> None:
         """Count a round that sent `size` bytes of pages (before compression) in `seconds`."""
@@ -52,10 +66,11 @@ class Meter:
         return self._estimate
 
     def current_bandwidth(self) -> float:
-        """Bytes per second in the last second, or since the last ack but one where they come more seldom than that."""
+        """Bytes per second in the last second; where acks come more seldom than that, since the last one but one."""
         now = time.monotonic()
         with self._lock:
-            while len(self._recent) > 2 and self._recent[1][0] <= now - SHOWN_SECONDS:
-                self._recent.popleft()
-            began, *acks = self._recent
-        return sum(size for _, size in acks) / max(now - began[0], ENOUGH_SECONDS)
+            self._forget(now)
+            (began, _), *acks = self._recent
+        if len(acks) > 1:
+            began = max(began, now - SHOWN_SECONDS)
+        return sum(size for _, size in acks) / max(now - began, ENOUGH_SECONDS)

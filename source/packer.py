@@ -86,7 +86,7 @@ class Packer:
     def batches(
         self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]
     ) -> Iterator[PageBatch]:
-        """Yield a lane's batches of round `number`; they may refer to RAM, until the next one is asked for.
+        """Yield a lane's batches of round `number`; they may refer to RAM as it changes.
 
         `data` are the runs of RAM that are not holes: no page outside them is read. `drain` waits until everything that
         the lane has sent is applied.
@@ -97,8 +97,7 @@ class Packer:
             left -= batch.pages
             unasked += batch.payload_bytes
             now = time.monotonic()
-            # Nobody waits for its ack alone: neither for the round's end, nor for how long it took.
-            batch.more = left > 0 and self._looks_left <= 0 and unasked < ACK_BYTES and now - asked_at < ACK_SECONDS
+            batch.more = batch.more and left > 0 and unasked < ACK_BYTES and now - asked_at < ACK_SECONDS
             if not batch.more:
                 asked_at, unasked = now, 0
             yield batch
@@ -128,8 +127,11 @@ class Packer:
             else:
                 sent.forget(batch)
                 yield from self._finish(packing, 0)
+                look = self._looks_left > 0 and bool(batch.payload)
+                # What is packed is large, and its ack tells how fast the link is, as that of a look does.
+                batch.more = not look
                 yield from self._hand_over(batch)
-                if self._looks_left > 0 and batch.payload:
+                if look:
                     self._looks_left -= 1
                     drain()
                     self._tuner.look_first()

@@ -178,9 +178,9 @@ def encode(
     A batch that may not be copied (below) has up to `unit_pages` pages with a payload.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
-    dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM: it is to be
-    serialized before the next one is asked for. `copied` is asked before each batch how many pages it may copy: unless
-    that is 0, the payload is one piece of at most so many pages that no longer change, and may be packed.
+    dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM, as it will be when it is
+    read. `copied` is asked before each batch how many pages it may copy: unless that is 0, the payload is one piece of
+    at most so many pages that no longer change, and may be packed.
     """
     wanted = (first, count)
     present = ram.data_runs(wanted) if data is None else runs.intersect(wanted, data)
@@ -394,7 +394,7 @@ class Applier:
             numbers = runs.expand(places)
             self._written[numbers] = True
             self._ram.pages[numbers] = payload
-            self._changed(numbers)
+            self._changed(places)
             return
         spans = [
             slice(first, first + count) for first, count in zip(places[0].tolist(), places[1].tolist(), strict=True)
@@ -411,11 +411,7 @@ class Applier:
             elif spans and receive is not None:
                 receive([self._ram.view[span.start * PAGE_SIZE : span.stop * PAGE_SIZE] for span in spans])
         finally:
-            done = 0  # a chunk that has several of them counts once
-            for span in spans:
-                begin, end = span.start // CHUNK_PAGES, (span.stop - 1) // CHUNK_PAGES + 1
-                self.generation_of_chunk[max(begin, done) : end] += 1
-                done = end
+            self._changed(places)
 
     def _clear(self, zero: Runs) -> None:
         """Clear those pages that something was written to; the others are zero, and most of them holes."""
@@ -426,9 +422,11 @@ class Applier:
         if numbers.size:
             self._ram.pages[numbers] = 0
             self._written[numbers] = False
-            self._changed(numbers)
+            self._changed(runs.from_pages(numbers))
 
-    def _changed(self, numbers: Numbers) -> None:
-        chunks = numbers // CHUNK_PAGES
-        self.generation_of_chunk[chunks[:1]] += 1
-        self.generation_of_chunk[chunks[1:][chunks[1:] != chunks[:-1]]] += 1
+    def _changed(self, places: Runs) -> None:
+        """Count a change of each chunk that has some of the pages."""
+        first, count = places
+        begin, end = first // CHUNK_PAGES, (first + count - 1) // CHUNK_PAGES + 1
+        begin[1:] = np.maximum(begin[1:], end[:-1])  # several runs of a chunk count once
+        self.generation_of_chunk[runs.expand((begin, end - begin))] += 1

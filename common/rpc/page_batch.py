@@ -1,8 +1,8 @@
 """SendPagesRequest by hand: the bytes that protobuf would produce, without its copies.
 
 protobuf keeps `bytes` fields as objects of its own, so each mebibyte of pages would be copied once more on either side.
-Here a message is one join of its parts, and what is parsed refers to the bytes that came. Any protobuf implementation
-reads and writes the same: migration.proto is the contract.
+Here a message is one join of its parts, in the last moment, and what is parsed refers to the bytes that came. Any
+protobuf implementation reads and writes the same: migration.proto is the contract.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ _SEQUENCE, _ROUND, _ENCODING, _RUN_FIRST, _RUN_PAGES, _ZERO, _PAYLOAD, _UNCHANGE
 _MAX_GROUP_DEPTH = 100
 
 
-def serialize(batch: PageBatch) -> bytes:
-    """Return the message of a batch; the payload is copied once."""
+def serialize(batch: PageBatch) -> list[Buffer]:
+    """Return the message of a batch in parts; those of the payload are its own."""
     parts: list[Buffer] = []
-    head = (_SEQUENCE, batch.sequence), (_ROUND, batch.round), (_ENCODING, batch.encoding), (_MORE, batch.more)
-    for number, value in head:
-        if value:
-            parts.append(_varint(number << 3 | _VARINT) + _varint(value))
+    for number, value in ((_SEQUENCE, batch.sequence), (_ROUND, batch.round), (_ENCODING, batch.encoding)):
+        _append_number(parts, number, value)
     _append_words(parts, _RUN_FIRST, batch.run_first)
     _append_words(parts, _RUN_PAGES, batch.run_pages)
     _append_bytes(parts, _ZERO, (batch.zero,))
@@ -41,7 +39,13 @@ def serialize(batch: PageBatch) -> bytes:
     _append_bytes(parts, _DELTA, (batch.delta,))
     _append_bytes(parts, _EQUAL, (batch.equal,))
     _append_words(parts, _EQUAL_TO, batch.equal_to)
-    return b"".join(parts)
+    _append_number(parts, _MORE, batch.more)
+    return parts
+
+
+def _append_number(parts: list[Buffer], number: int, value: int) -> None:
+    if value:
+        parts.append(_varint(number << 3 | _VARINT) + _varint(value))
 
 
 def _append_words(parts: list[Buffer], number: int, words: npt.NDArray[np.uint64]) -> None:

@@ -46,7 +46,7 @@ MIGRATE = ("migrate", "--source", "a:1", "--destination", "b:1")
         ((*MIGRATE, "--lanes", "0"), "'--lanes'"),
         ((*MIGRATE, "--lane-kind", "udp"), "'--lane-kind'"),
         ((*MIGRATE, "--timeout", "0"), '"0" is not more than 0'),
-        (("migrate", "--source", "a:1", "--destination", "a:1"), "a:1 has the machine already"),
+        (("migrate", "--source", "a:1", "--destination", "a:1"), "source and destination are both a:1"),
         ((*MIGRATE, "--frobnicate"), "no such option: --frobnicate"),
         (("host", "--listen", "7700"), '"7700" is not an address'),
         (("device", "nic"), "missing option '--socket'"),

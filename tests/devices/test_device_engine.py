@@ -17,7 +17,7 @@ def test_a_number_that_was_another_eventfds_is_not_taken_for_it() -> None:
         engine.watch(first, stale.set)
         os.eventfd_write(first, 1)
         # The engine finds it ready, and waits for us. That cannot be seen, so it gets time for it.
-        threading.Event().wait(0.1)
+        threading.Event().wait(0.5)
         engine.unwatch(first)
         another = os.eventfd(0, os.EFD_NONBLOCK)
         second = os.dup2(another, first)

@@ -53,7 +53,10 @@ def page_batches() -> dict[str, bytes]:
     )
     references.delta, references.equal, references.unchanged = b"\x01", b"\x0e", b""
     references.equal_to.extend([3, 3, 3])
-    batches = {"raw": raw, "lz4": lz4_, "zstd": zstd, "holes": holes, "references": references}
+    more = migration_pb2.SendPagesRequest()
+    more.CopyFrom(raw)
+    more.more = True
+    batches = {"raw": raw, "lz4": lz4_, "zstd": zstd, "holes": holes, "references": references, "more": more}
     return {name: batch.SerializeToString() for name, batch in batches.items()}
 
 

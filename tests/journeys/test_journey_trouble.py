@@ -127,6 +127,16 @@ def test_a_daemon_that_ends_leaves_its_machine_running(rig: Rig) -> None:
 
 
 @pytest.mark.matrix
+def test_that_it_gets_no_better_is_said_once(rig: Rig, image: Path) -> None:
+    source = rig.start("source", machine_toml(image=image, pattern="sequential", rate="80MB/s"))
+    destination = rig.start("destination")
+    session = source.begin(destination.address, max_rounds=16, max_downtime_ms=5, bandwidth_limit=400 * MBIT)
+    assert source.follow(session).reason == "NOT_CONVERGED"
+    events = source.stub.WatchEvents(host_pb2.WatchEventsRequest(session_id=session), timeout=20)
+    assert sum("it gets no better" in event.message for event in events) == 1
+
+
+@pytest.mark.matrix
 def test_it_does_not_converge(rig: Rig, image: Path) -> None:
     guest = machine_toml(image=image, pattern="sequential", rate="40MB/s")
     source = rig.start("source", guest)

@@ -28,6 +28,7 @@ messages = st.builds(
     delta=st.binary(max_size=200),
     equal=st.binary(max_size=200),
     equal_to=words,
+    more=st.booleans(),
 )
 
 
@@ -44,6 +45,7 @@ def batch_of(message: SendPagesRequest, payload: list[bytes]) -> PageBatch:
         message.equal,
         message.delta,
         np.array(message.equal_to, np.uint64),
+        message.more,
     )
 
 
@@ -51,7 +53,7 @@ def assert_same(batch: PageBatch, message: SendPagesRequest) -> None:
     assert (batch.sequence, batch.round, batch.encoding) == (message.sequence, message.round, message.encoding)
     assert batch.run_first.tolist() == list(message.run_first)
     assert batch.run_pages.tolist() == list(message.run_pages)
-    assert batch.zero == message.zero
+    assert batch.zero == message.zero and batch.more == message.more
     assert b"".join(batch.payload) == message.payload
 
 
@@ -65,7 +67,7 @@ def test_the_encodings_are_those_of_the_contract() -> None:
 def test_serializes_to_the_bytes_of_protobuf(message: SendPagesRequest, cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), 20_000]
     parts = [message.payload[low:high] for low, high in itertools.pairwise(bounds)]
-    assert serialize(batch_of(message, parts)) == message.SerializeToString()
+    assert b"".join(serialize(batch_of(message, parts))) == message.SerializeToString()
 
 
 @given(messages)

@@ -83,7 +83,7 @@ def test_the_bandwidth_shown_is_of_the_last_second(now: list[float]) -> None:
         now[0] += 0.5
         meter.applied(1, size * MIB)
     now[0] += 0.25
-    assert meter.current_bandwidth() == pytest.approx((3 + 2) * MIB / 1.25)
+    assert meter.current_bandwidth() == pytest.approx((3 + 2) * MIB)
     assert meter.total_bytes == 13 * MIB
 
 
@@ -103,6 +103,18 @@ def test_the_first_ack_is_not_an_infinite_bandwidth(now: list[float]) -> None:
     now[0] += 0.001
     meter.applied(256, MIB)
     assert meter.current_bandwidth() == pytest.approx(MIB / ENOUGH_SECONDS)
+
+
+def test_a_time_without_pages_is_not_a_slow_link(now: list[float]) -> None:
+    meter = Meter()
+    now[0] += 10  # of setup
+    for _ in range(2):
+        meter.round_begins()
+        for _ in range(5):
+            now[0] += 0.1
+            meter.applied(256, MIB)
+            assert meter.current_bandwidth() == pytest.approx(10 * MIB)
+        now[0] += 5  # of devices, mappings, dirty pages that are collected
 
 
 def test_a_link_that_carries_nothing_any_more_shows_ever_less(now: list[float]) -> None:
