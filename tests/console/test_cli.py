@@ -215,3 +215,15 @@ def test_a_defect_is_still_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert switchover(monkeypatch, "status", "a:1") == 1
     error = capsys.readouterr().err
     assert error.startswith("switchover: defect: RuntimeError: no a:1 (") and error.count("\n") == 1
+
+
+def test_a_migration_that_is_refused_has_its_reason_in_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = FakeHost()
+    host.refusal = RefusalError(grpc.StatusCode.ABORTED, "MIGRATION_RUNS", "one runs here already")
+    with Serving(host) as address:
+        assert switchover(monkeypatch, "migrate", "--source", address, "--destination", "b:1", "--json") == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document.pop("error").startswith(address)
+    assert document == {"result": "failed", "reason": "MIGRATION_RUNS"}
