@@ -28,7 +28,7 @@ Part = Literal["pause", "quiesce", "last_sync", "last_ram", "devices", "verifica
 
 
 class Account:
-    """Keeps the result as it comes about, and publishes progress several times a second until `close`."""
+    """Keeps the result as it comes about, and publishes progress several times a second from `begin` to `close`."""
 
     def __init__(
         self,
@@ -61,6 +61,9 @@ class Account:
         self._progress = host_pb2.Progress(expected_downtime_ms=-1, dirty_rate=-1)
         self._ended = threading.Event()
         self._teller = threading.Thread(target=self._tell_progress, name="progress", daemon=True)
+
+    def begin(self) -> None:
+        """Publish progress from now on; everybody is there who tells of it."""
         self._teller.start()
 
     def elapsed(self) -> float:

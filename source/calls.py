@@ -44,6 +44,10 @@ class Calls:
         if self._call is not None:
             self._call.cancel()
 
+    def close(self) -> None:
+        """Let go of what has ended it: failures know the frames that they came through, and what is in these."""
+        self.ended_by = None
+
     def check(self) -> None:
         """Raise what it was ended with."""
         if self.ended_by is not None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import grpc
 from switchover.v1 import migration_pb2
 
-from common.ipc.channel import Buffer
 from common.memory.pages import PageBatch
 from common.rpc.page_batch import serialize
 from source.lanes import OnApplied, Unacked
@@ -38,13 +37,12 @@ class GrpcLane:
         self._channel = open_channel()
         call = self._channel.stream_stream(
             SEND_PAGES,
-            # Joined by the thread that sends, which finds the bytes in its cache when gRPC copies them.
-            request_serializer=b"".join,
+            request_serializer=lambda message: message,
             response_deserializer=migration_pb2.SendPagesResponse.FromString,
         )
         metadata = (("session-id", session_id), ("lane", str(number)), connection.metadata)
         applied = connection.begins.lanes[number].applied_sequence
-        self._stream: AckedStream[list[Buffer], migration_pb2.SendPagesResponse] = AckedStream(
+        self._stream: AckedStream[bytes, migration_pb2.SendPagesResponse] = AckedStream(
             lambda requests: call(requests, metadata=metadata),
             lambda response: self._unacked.applied(response.applied_sequence),
             applied,
@@ -59,12 +57,11 @@ class GrpcLane:
     def send(self, batch: PageBatch) -> int:
         """Number a batch and send it."""
         batch.sequence = self._stream.next_sequence()
-        parts = serialize(batch)
-        size = sum(map(len, parts))
-        self._unacked.add(batch, size)
-        self._limiter.take(size)
-        self._stream.send(parts)
-        return size
+        message = serialize(batch)
+        self._unacked.add(batch, len(message))
+        self._limiter.take(len(message))
+        self._stream.send(message)
+        return len(message)
 
     def drain(self) -> None:
         """Wait until everything that was sent is applied."""

@@ -136,6 +136,7 @@ class Migration:
     def run(self) -> None:
         """Move the machine. Whatever fails, somebody owns it at the end, and the result says what happened."""
         enter_session(self.session_id)
+        self._account.begin()
         _log.info("migration", destination=self._address)
         try:
             with self._deadline():
@@ -513,6 +514,7 @@ class Migration:
             self._verifier.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._link.close()
+        self._calls.close()
         gc.collect()  # a failure knows the frames that it came through, and they know views that would keep RAM mapped
         self._held.close()
         self._channel.close()

@@ -61,8 +61,7 @@ class AckedStream(Generic[Request, Response]):
         self._acks.start()
 
     def _requests(self) -> Iterator[Request]:
-        while (request := self._queue.get()) is not None:
-            yield request
+        yield from iter(self._queue.get, None)
 
     def _take_acks(self) -> None:
         failure: Exception = ConnectionError("the destination has ended a stream")

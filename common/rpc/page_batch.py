@@ -1,8 +1,8 @@
 """SendPagesRequest by hand: the bytes that protobuf would produce, without its copies.
 
 protobuf keeps `bytes` fields as objects of its own, so each mebibyte of pages would be copied once more on either side.
-Here a message is one join of its parts, in the last moment, and what is parsed refers to the bytes that came. Any
-protobuf implementation reads and writes the same: migration.proto is the contract.
+Here a message is one join of its parts, and what is parsed refers to the bytes that came. Any protobuf
+implementation reads and writes the same: migration.proto is the contract.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SEQUENCE, _ROUND, _ENCODING, _RUN_FIRST, _RUN_PAGES, _ZERO, _PAYLOAD, _UNCHANGE
 _MAX_GROUP_DEPTH = 100
 
 
-def serialize(batch: PageBatch) -> list[Buffer]:
-    """Return the message of a batch in parts; those of the payload are its own."""
+def serialize(batch: PageBatch) -> bytes:
+    """Return the message of a batch; the payload is copied once."""
     parts: list[Buffer] = []
     for number, value in ((_SEQUENCE, batch.sequence), (_ROUND, batch.round), (_ENCODING, batch.encoding)):
         _append_number(parts, number, value)
@@ -40,7 +40,7 @@ def serialize(batch: PageBatch) -> list[Buffer]:
     _append_bytes(parts, _EQUAL, (batch.equal,))
     _append_words(parts, _EQUAL_TO, batch.equal_to)
     _append_number(parts, _MORE, batch.more)
-    return parts
+    return b"".join(parts)
 
 
 def _append_number(parts: list[Buffer], number: int, value: int) -> None:

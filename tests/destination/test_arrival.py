@@ -193,7 +193,7 @@ class Rig:
         """Send batches, or messages as they are, on a lane of the kind that was prepared; return the acks."""
         if self.lane_kind == pb.LANE_KIND_TCP:
             return self.tcp_pages(*batches, lane=int(lane))
-        messages = (item if isinstance(item, bytes) else b"".join(serialize(item)) for item in batches)
+        messages = (item if isinstance(item, bytes) else serialize(item) for item in batches)
         context = self.context(lane=lane, session_id=session_id)
         return [answer.applied_sequence for answer in self.servicer.SendPages(messages, context)]
 
@@ -463,11 +463,11 @@ def test_batches_that_are_not_in_order_are_refused(lanes: Rig, batches: list[Pag
 @pytest.mark.parametrize(
     ("lane", "messages", "said"),
     [
-        ("2", [b"".join(serialize(batch(1)))], "BAD_REQUEST: lane 2 was not announced"),
-        ("-1", [b"".join(serialize(batch(1)))], "BAD_REQUEST: no lane number: '-1'"),
-        ("", [b"".join(serialize(batch(1)))], "BAD_REQUEST: no lane number: ''"),
+        ("2", [serialize(batch(1))], "BAD_REQUEST: lane 2 was not announced"),
+        ("-1", [serialize(batch(1))], "BAD_REQUEST: no lane number: '-1'"),
+        ("", [serialize(batch(1))], "BAD_REQUEST: no lane number: ''"),
         ("0", [b"\xff\xff\xff"], "BAD_REQUEST: page batch: "),
-        ("1", [b"".join(serialize(batch(1)))[:-1]], "BAD_REQUEST: "),
+        ("1", [serialize(batch(1))[:-1]], "BAD_REQUEST: "),
     ],
 )
 def test_messages_that_are_no_batches_are_refused(rig: Rig, lane: str, messages: list[bytes], said: str) -> None:
@@ -537,7 +537,7 @@ def test_a_port_that_cannot_be_had_is_told(rig: Rig) -> None:
 
 def test_a_source_that_is_gone_ends_the_session(rig: Rig) -> None:
     rig.prepare()
-    stream = rig.servicer.SendPages(iter([b"".join(serialize(batch(1)))]), rig.context(active=False, lane="0"))
+    stream = rig.servicer.SendPages(iter([serialize(batch(1))]), rig.context(active=False, lane="0"))
     assert [answer.applied_sequence for answer in stream] == [1]
     assert rig.state() == REVOKED
 
@@ -653,7 +653,7 @@ def again(rig: Rig, *batches: PageBatch) -> list[int]:
     """Send batches on lane 0 in generation 1; return the acks."""
     if rig.lane_kind == pb.LANE_KIND_TCP:
         return rig.pages(*batches)
-    messages = (b"".join(serialize(item)) for item in batches)
+    messages = (serialize(item) for item in batches)
     stream = rig.servicer.SendPages(messages, rig.context(lane="0", generation="1"))
     return [ack.applied_sequence for ack in stream]
 
@@ -672,7 +672,7 @@ def fills(rig: Rig, first: int, end: int) -> list[int]:
 def test_a_session_that_was_not_prepared_for_it_does_not_survive_a_stream(rig: Rig, changes: dict[str, Any]) -> None:
     rig.prepare(**changes)
     assert refused(lambda: reconnect(rig)).startswith("BAD_REQUEST: the session was not prepared for this")
-    lose(rig, b"".join(serialize(batch(1))))
+    lose(rig, serialize(batch(1)))
     assert rig.state() == REVOKED
 
 
@@ -765,7 +765,7 @@ def test_a_batch_that_was_held_back_is_applied_before_anything_newer_or_never(
 def test_a_session_waits_for_its_source_for_so_long_only(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrival_module, "NOTICE_SECONDS", 0.0)
     rig.prepare(features=[versions.RECONNECT], reconnect_s=0.01)
-    lose(rig, b"".join(serialize(batch(1))))
+    lose(rig, serialize(batch(1)))
     assert rig.state() == PREPARING
     for _ in range(1000):
         if rig.state() == REVOKED and not rig.host.migrating:
@@ -784,7 +784,7 @@ def test_a_stream_that_is_refused_ends_the_session_all_the_same(rig: Rig) -> Non
 def test_a_session_that_waits_makes_way_for_the_next_of_its_machine(rig: Rig) -> None:
     rig.prepare(**RECONNECTS)
     assert refused(lambda: rig.prepare(session_id="another")).startswith("MIGRATION_RUNS")
-    lose(rig, b"".join(serialize(batch(1))))
+    lose(rig, serialize(batch(1)))
     other = UUID[:-1] + "2"
     spec = dataclasses.replace(SPEC, uuid=other)
     strange: dict[str, Any] = {"session_id": "strange", "machine_uuid": other, "machine_json": to_json(spec)}

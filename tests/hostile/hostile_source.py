@@ -38,7 +38,7 @@ def page(number: int, sequence: int = 1, content: bytes = b"\x07") -> bytes:
     batch = PageBatch(
         sequence, 0, 1, np.array([number], "u8"), np.array([1], "u8"), b"\0", [content * (4096 // len(content))]
     )
-    return b"".join(serialize(batch))
+    return serialize(batch)
 
 
 class HostileSource:

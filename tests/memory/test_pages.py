@@ -48,7 +48,7 @@ def send(source: GuestRam, applier: Applier, wanted: Runs, method: Method = NONE
     for batch in encode(source, *wanted, round=3, copied=lambda: 0 if method is NONE else method.unit_pages):
         if method is not NONE and batch.payload:
             pack(batch, method)
-        sent = parse(b"".join(serialize(batch)))
+        sent = parse(serialize(batch))
         check(sent, source.layout.pages)
         assert applier.apply(sent) == (sent.pages, sent.zero_pages)
         batches.append(sent)
@@ -199,7 +199,7 @@ def test_what_is_packed_is_a_copy(source: GuestRam, target: GuestRam) -> None:
     source.pages[:300] = 2
     pack(first, ZSTD)
     for batch in (first, second):
-        Applier(target).apply(parse(b"".join(serialize(batch))))
+        Applier(target).apply(parse(serialize(batch)))
     assert (target.pages[:256] == 1).all() and (target.pages[256:300] == 2).all()
 
 

@@ -52,7 +52,7 @@ class Lane:
                 self.sent.reduce(copied)
                 if copied.payload:
                     pack(copied, method)
-            arrived = parse(b"".join(serialize(copied)))
+            arrived = parse(serialize(copied))
             self.applier.apply(arrived)
             assert np.array_equal(self.target.pages[numbers], expected)
             self.source.pages[numbers[held]] = before
@@ -83,7 +83,7 @@ def test_a_page_that_has_not_changed_costs_a_bit(lane: Lane) -> None:
     lane.source.pages[13] = noise(2)
     again = lane.send([*range(10, 20)])
     assert kinds(again) == (0, 9, 0, 0, 1) and again.payload_bytes == PAGE_SIZE
-    assert len(b"".join(serialize(lane.send([*range(10, 20)])))) < 50
+    assert len(serialize(lane.send([*range(10, 20)]))) < 50
 
 
 def test_a_page_that_was_zero_meanwhile_is_not_unchanged(lane: Lane) -> None:

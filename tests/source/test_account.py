@@ -41,7 +41,9 @@ def make(events: Events, **request: object) -> Account:
     def tell(progress: host_pb2.Progress) -> None:
         progress.MergeFrom(host_pb2.Progress(compression="lz4"))
 
-    return Account(events, SESSION, asked, tell)
+    account = Account(events, SESSION, asked, tell)
+    account.begin()
+    return account
 
 
 def told(events: Events) -> list[host_pb2.WatchEventsResponse]:

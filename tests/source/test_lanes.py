@@ -46,7 +46,7 @@ class Lane:
         if self.failure is not None:
             raise self.failure
         self.sequence = batch.sequence = self.sequence + 1
-        message = b"".join(serialize(batch))
+        message = serialize(batch)
         self._unacked.add(batch, len(message))
         self._network.carry(self._number, self._generation, parse(message))
         if self.sequence > self._network.unacked:

@@ -56,7 +56,7 @@ def send(packer: Packer, applier: Applier, source: GuestRam, number: int) -> lis
     """Send all of RAM, acknowledging each batch at once; return what arrived."""
     arrived = []
     for batch in packer.batches(0, ALL, source.data_runs(), number, lambda: None):
-        message = b"".join(serialize(batch))
+        message = serialize(batch)
         arrived.append(parse(message))
         applier.apply(arrived[-1])
         packer.applied(batch.pages, len(message))
