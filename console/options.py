@@ -20,10 +20,7 @@ def positive(parse: Callable[[str], float]) -> Callable[[str], float]:
 
     # The calls take 0 for "not given", so it must not be given.
     def checked(text: str) -> float:
-        try:
-            value = 0.0 if text == "0" else parse(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+        value = _parsed(parse, text)
         if value <= 0:
             raise typer.BadParameter(f'"{text}" is not more than 0')
         return value
@@ -31,12 +28,17 @@ def positive(parse: Callable[[str], float]) -> Callable[[str], float]:
     return checked
 
 
-def parse_patience(text: str) -> float:
-    """Return a duration of up to an hour in seconds; 0 needs no unit."""
+def _parsed(parse: Callable[[str], float], text: str) -> float:
+    """Return a quantity; 0 needs no unit."""
     try:
-        seconds = 0.0 if text == "0" else parse_duration(text)
+        return 0.0 if text == "0" else parse(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def parse_patience(text: str) -> float:
+    """Return a duration of up to an hour in seconds, 0 too."""
+    seconds = _parsed(parse_duration, text)
     if seconds > MAX_RECONNECT_SECONDS:
         raise typer.BadParameter(f'"{text}" is more than an hour')
     return seconds

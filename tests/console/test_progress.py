@@ -143,14 +143,6 @@ def test_the_bar_has_a_line_of_its_own() -> None:
     assert headers and not any("━" in line for line in headers)
 
 
-def test_what_is_not_known_is_not_shown() -> None:
-    stream = io.StringIO()
-    display = PlainProgress(Console(file=stream, width=200))
-    display.feed(pb.WatchEventsResponse(progress=pb.Progress(phase="precopy", dirty_rate=-1, expected_downtime_ms=-1)))
-    assert "applied" in stream.getvalue()
-    assert "dirtied" not in stream.getvalue() and "downtime" not in stream.getvalue()
-
-
 def test_a_lost_connection_is_shown_until_it_is_there_again() -> None:
     lost = pb.Progress(phase="precopy", round_pages=100, disconnected_ms=2500)
     again = pb.Progress(phase="precopy", round_pages=100, reconnects=2)

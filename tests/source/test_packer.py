@@ -43,8 +43,8 @@ def target() -> Iterator[GuestRam]:
 def opened(source: GuestRam) -> Iterator[Callable[..., Packer]]:
     packers: list[Packer] = []
 
-    def open_packer(compression: int, lanes: int = 1, *, packing: bool = True) -> Packer:
-        packers.append(Packer(source, compression, lanes, MAX_UNIT_PAGES, packing=packing))  # type: ignore[arg-type]  # an enum's value is a number
+    def open_packer(compression: host_pb2.Compression.ValueType, lanes: int = 1, *, packing: bool = True) -> Packer:
+        packers.append(Packer(source, compression, lanes, MAX_UNIT_PAGES, packing=packing))
         return packers[-1]
 
     yield open_packer
