@@ -45,6 +45,8 @@ from destination.tcp_lane import receive_batches
 __all__ = ["Arrival"]
 
 IDLE_SECONDS = 30.0
+# Longer than its source waits for it (source/clock.py).
+GUEST_GAP_SECONDS = 2.0
 WATCH_SECONDS = 1.0
 STREAM_SECONDS = 5.0
 # So long a source may read its RAM before it asks for the deferred verdict.
@@ -96,7 +98,7 @@ class Arrival:
         self._readback: ReadBack | None = None
         self._machine: MachineClient | None = None
         self._devices: dict[str, Loading] = {}
-        self._paused = False
+        self._paused = self._has_clock = False
         self._revoked_for = ""
         self._refused_with = "WRONG_STATE"
         self.failure = ""
@@ -129,6 +131,7 @@ class Arrival:
     def _build(self, request: migration_pb2.PrepareRequest) -> migration_pb2.PrepareResponse:
         _log.info("arrival", machine=request.machine_uuid, incarnation=request.incarnation)
         spec = find_devices(describe(request), self._host)
+        self._has_clock = spec.has_clock
         check_memory(sum(request.data_pages) * PAGE_SIZE)
         directory = self._host.run_directory(self.session_id)
         try:
@@ -386,8 +389,8 @@ class Arrival:
         finally:
             self._host.end_migration()
         self._host.events.publish(self.session_id, machine_state="paused" if self._paused else "running")
-        deadline = time.monotonic() + IDLE_SECONDS
-        while not self._paused and self.guest_gap_us is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + GUEST_GAP_SECONDS
+        while self._has_clock and not self._paused and self.guest_gap_us is None and time.monotonic() < deadline:
             try:
                 self.guest_gap_us = self._machine.guest_gap_us(self._run)
             except (ClosedError, RequestError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from common.memory.pages import MAX_PAYLOAD, PageBatch, Receive
 from common.rpc.lane_frame import HEADER_SIZE, pack_ack, parse_header
 from common.rpc.lane_socket import LaneSocket
@@ -19,7 +21,7 @@ def receive_batches(connection: LaneSocket, apply: Callable[[PageBatch, Receive]
     is not in order. Raise OSError if the connection ends without a word, and what `apply` raises.
     """
     header_bytes = memoryview(bytearray(HEADER_SIZE))
-    payload = memoryview(bytearray(MAX_PAYLOAD))
+    payload = np.empty(MAX_PAYLOAD, np.uint8).data  # never touched by pages that go straight into RAM
     connection.send([pack_ack(0)])
     while True:
         connection.receive([header_bytes])

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import grpc
 from switchover.v1 import host_pb2, migration_pb2
 
 from common.host.network import Security
 from common.memory.compression import MAX_UNIT_PAGES
+from common.memory.pages import MAX_PLAIN_PAGES
+from common.rpc.versions import PLAIN_16M
 from source.grpc_lane import GrpcLane
 from source.lanes import OnApplied, OpenLane
 from source.limiter import Limiter
 from source.reconnect import Connection
 from source.tcp_lane import LanePort, TcpLane
 
-__all__ = ["BATCH_PAGES", "opener"]
+__all__ = ["batch_pages", "opener"]
 
 # gRPC copies a message several times at either end: one of 1 MiB stays in the caches meanwhile. TCP copies nothing.
-BATCH_PAGES = {migration_pb2.LANE_KIND_GRPC: 256, migration_pb2.LANE_KIND_TCP: MAX_UNIT_PAGES}
-"""Pages with a payload in a batch that is not compressed."""
+GRPC_PAGES = 256
+
+
+def batch_pages(kind: migration_pb2.LaneKind.ValueType, features: Container[str]) -> tuple[int, int]:
+    """Return how many pages to give a payload in a batch that is not compressed: the least, and the most."""
+    if kind != migration_pb2.LANE_KIND_TCP:
+        return GRPC_PAGES, GRPC_PAGES
+    return MAX_UNIT_PAGES, MAX_PLAIN_PAGES if PLAIN_16M in features else MAX_UNIT_PAGES
 
 
 def opener(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
+from operator import sub
 
 from switchover.v1 import host_pb2
 
@@ -32,6 +33,10 @@ class LaneStats:
     def page_bytes(self) -> int:
         """Bytes of the pages that are not zero, before compression."""
         return (self.pages - self.zero_pages) * PAGE_SIZE
+
+    def since(self, before: LaneStats) -> LaneStats:
+        """Return what was sent after that."""
+        return LaneStats(*map(sub, astuple(self), astuple(before)))
 
     def tell(self, message: host_pb2.RamResult | host_pb2.Progress) -> None:
         """Fill in how the pages went; their number and the bytes on the wire stand elsewhere in each."""

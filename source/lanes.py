@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -114,6 +115,7 @@ class _Sender:
         self._on_applied = on_applied
         self._acked: list[Runs] = []  # of the round that goes on; only the thread that takes acks adds to it
         self._connection = link.current
+        self.sent = LaneStats()
         self.lane = open_lane(number, self._connection, self._applied)
 
     def _applied(self, pages: Runs, size: int) -> None:
@@ -124,20 +126,20 @@ class _Sender:
 
     def send(self, pages: Runs, data: Runs, number: int) -> LaneStats:
         """Send the lane's pages of a round; return when they are applied."""
-        stats = LaneStats()
+        before = replace(self.sent)
         left = pages
         while True:
             try:
                 lane = self.lane
                 for batch in self._packer.batches(self._number, left, data, number, lane.drain):
-                    stats.count(batch, lane.send(batch))
+                    self.sent.count(batch, lane.send(batch))
                 lane.drain()
             except PeerError as failure:
                 self._reopen(failure)
                 left = runs.subtract(pages, runs.union(*self._acked))
             else:
                 self._acked.clear()
-                return stats
+                return self.sent.since(before)
 
     def _reopen(self, failure: PeerError) -> None:
         """Open the lane on the next connection; raise what ends the migration."""
@@ -176,6 +178,11 @@ class PageLanes:
                 sender.lane.close(abort=True)
             raise
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="lane")
+
+    @property
+    def sent(self) -> LaneStats:
+        """What has gone over all lanes so far."""
+        return total([sender.sent for sender in self._senders])
 
     @property
     def sequences(self) -> list[int]:

@@ -185,6 +185,7 @@ class Migration:
         hooks.reach("source.setup")
         machine = self._machine
         spec = machine.spec()
+        self._has_clock = spec.has_clock
         self._running = machine.begin(self.session_id)
         self._account.result.paused = not self._running
         self._ram = self._held.enter_context(machine.ram(writable=False))
@@ -442,7 +443,7 @@ class Migration:
             self._verifier.check_unchanged()
         result = self._account.result
         result.mappings = self._streams.mappings.mappings
-        if self._running:
+        if self._running and self._has_clock:
             result.guest_gap_ms = guest_gap_ms(self._stub, self.session_id)
         result.guest_gap_error_ms = self._clock.error_ns / 1e6
         result.result = "completed"

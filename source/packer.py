@@ -22,10 +22,9 @@ from common.memory.pages import PageBatch, encode, pack
 from common.memory.ram import GuestRam
 from common.memory.runs import Runs
 from common.memory.sent import SentPages
-from source.lane_stats import LaneStats, total
 from source.tuner import Tuner
 
-__all__ = ["Packer"]
+__all__ = ["Packer", "next_unit"]
 
 # More threads than this only serve links that are faster than the other end unpacks.
 MAX_WORKERS = 4
@@ -35,6 +34,9 @@ CACHE_BYTES = 64 << 20
 MIN_UNIT_PAGES = 64
 # An ack costs both ends more than a batch of 1 MiB does, so they are asked for after so much, or so long.
 ACK_BYTES, ACK_SECONDS = 8 << 20, 0.05
+# The code of both ends is out of the processor's caches after each batch, so batches grow while the link is fast; where
+# it is slow they stay small, for an ack tells how far it has come.
+QUICK_SECONDS, SLOW_SECONDS = 0.01, 0.04
 # So many small batches go first, one at a time, to see how fast the link is.
 FIRST_LOOKS, FIRST_LOOK_PAGES = 3, 64
 
@@ -45,6 +47,14 @@ FIXED = {
 }
 
 
+def next_unit(pages: int, seconds: float, limits: tuple[int, int]) -> int:
+    """Return how many raw pages to send at once, from least to most, after so many have taken so long."""
+    least, most = limits
+    if seconds < QUICK_SECONDS:
+        return min(2 * pages, most)
+    return max(pages // 2, least) if seconds > SLOW_SECONDS else pages
+
+
 class Packer:
     """Makes the batches of all lanes; `close` ends its threads."""
 
@@ -53,17 +63,18 @@ class Packer:
         ram: GuestRam,
         compression: host_pb2.Compression.ValueType,
         lanes: int,
-        unit_pages: int,
+        unit_pages: tuple[int, int],
         *,
         packing: bool = True,
     ) -> None:
-        """`unit_pages`: of a batch that is not compressed.
+        """`unit_pages`: least and most of a batch that is not compressed.
 
         Without `packing` the destination knows nothing but whole pages and lz4: what would be zstd is that too.
         """
         self._ram = ram
         self._unit_pages = unit_pages
-        self._sent_so_far = [LaneStats() for _ in range(lanes)]
+        self._units = [unit_pages[0]] * lanes
+        self._lanes = lanes
         self._sent = [self._nothing_sent() for _ in range(lanes)]
         workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
         self._fixed = FIXED.get(compression)
@@ -77,7 +88,7 @@ class Packer:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
 
     def _nothing_sent(self) -> SentPages:
-        return SentPages(self._ram.layout.pages, CACHE_BYTES // len(self._sent_so_far))
+        return SentPages(self._ram.layout.pages, CACHE_BYTES // self._lanes)
 
     def forget(self, lane: int) -> None:
         """Believe no more that the other end has anything of what a lane has sent."""
@@ -101,11 +112,22 @@ class Packer:
             if not batch.more:
                 asked_at, unasked = now, 0
             yield batch
-            self._sent_so_far[lane].count(batch)
+            if batch.payload_pages == self._units[lane]:
+                self._units[lane] = next_unit(batch.payload_pages, time.monotonic() - now, self._unit_pages)
 
     def _batches(
         self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]
     ) -> Iterator[PageBatch]:
+
+        def unit() -> int:
+            return self._units[lane]
+
+        if self._fixed is NONE:
+            # Nothing to pack, to measure, or to remember.
+            for batch in encode(self._ram, *pages, round=number, data=data, unit_pages=unit):
+                batch.more = True
+                yield batch
+            return
         method = NONE
         sent = self._sent[lane]
         most = max(runs.total(runs.intersect(pages, data)) // (2 * self._workers), MIN_UNIT_PAGES)
@@ -114,11 +136,11 @@ class Packer:
             nonlocal method
             if self._looks_left > 0:
                 return FIRST_LOOK_PAGES
-            method = self._method
+            method = self.method
             return 0 if method is NONE else min(method.unit_pages, most)
 
         packing: deque[Future[tuple[PageBatch, Method]]] = deque()
-        for batch in encode(self._ram, *pages, round=number, data=data, copied=copied, unit_pages=self._unit_pages):
+        for batch in encode(self._ram, *pages, round=number, data=data, copied=copied, unit_pages=unit):
             if method is not NONE and batch.payload:
                 if self._refers:
                     sent.reduce(batch)
@@ -136,10 +158,6 @@ class Packer:
                     drain()
                     self._tuner.look_first()
         yield from self._finish(packing, 0)
-
-    @property
-    def _method(self) -> Method:
-        return self._fixed or self._tuner.method
 
     def _pack(self, batch: PageBatch, method: Method) -> tuple[PageBatch, Method]:
         """Pack a batch; return it, and how it was packed."""
@@ -162,11 +180,13 @@ class Packer:
 
     def applied(self, pages: int, size: int) -> None:
         """Note an ack."""
-        self._tuner.applied(pages, size)
+        if self._fixed is None:
+            self._tuner.applied(pages, size)
 
-    def progress(self) -> tuple[str, LaneStats]:
-        """Return how the next batch is packed, and what was sent so far, without its size."""
-        return self._method.name, total(self._sent_so_far)
+    @property
+    def method(self) -> Method:
+        """How the next batch is packed."""
+        return self._fixed or self._tuner.method
 
     def close(self) -> None:
         """End the threads; what they pack is not waited for."""

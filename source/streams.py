@@ -13,7 +13,7 @@ from common.machine.client import DeviceInfo, MachineClient, Rest
 from common.memory.ram import GuestRam
 from common.rpc import versions
 from common.vfio.migration import MigrationFlags
-from source.lane_kinds import BATCH_PAGES
+from source.lane_kinds import batch_pages
 from source.lane_stats import LaneStats
 from source.lanes import OpenLane, PageLanes
 from source.limiter import Limiter
@@ -46,7 +46,7 @@ class Streams:
         """`peers` are the migration flags of the destination's devices; `on_applied` is told (pages, bytes) of acks."""
         self._link = link
         with ExitStack() as opened:
-            unit_pages = BATCH_PAGES[request.lane_kind]
+            unit_pages = batch_pages(request.lane_kind, features)
             packing = versions.PACKING in features
             self._packer = Packer(ram, request.compression, request.lanes, unit_pages, packing=packing)
             opened.callback(self._packer.close)
@@ -69,20 +69,20 @@ class Streams:
 
     @property
     def sent(self) -> LaneStats:
-        """What has gone over the lanes so far, without its size."""
-        return self._packer.progress()[1]
+        """What has gone over the lanes so far."""
+        return self.lanes.sent
 
     @property
     def compression(self) -> str:
         """How the next pages would be compressed."""
-        return self._packer.progress()[0]
+        return self._packer.method.name
 
     def tell(self, progress: host_pb2.Progress) -> None:
         """Fill in what was sent so far."""
         del progress.devices[:]
         progress.devices.extend(stream.progress() for stream in self.devices)
-        progress.compression, sent = self._packer.progress()
-        sent.tell(progress)
+        progress.compression = self.compression
+        self.sent.tell(progress)
 
     def finish_request(self, session_id: str, rest: Rest, *, paused: bool) -> migration_pb2.FinishRequest:
         """Return what is left of the machine, and how far each stream must have come."""

@@ -36,8 +36,12 @@ class Metrics:
             buckets=DOWNTIME_BUCKETS,
             registry=registry,
         )
-        self._bytes = Counter("switchover_page_bytes", "Bytes of page batches.", ["direction"], registry=registry)
-        self._pages = Counter("switchover_pages", "Pages, zero pages too.", ["direction"], registry=registry)
+        moved_bytes = Counter("switchover_page_bytes", "Bytes of page batches.", ["direction"], registry=registry)
+        moved_pages = Counter("switchover_pages", "Pages, zero pages too.", ["direction"], registry=registry)
+        # To look a label up takes as long as to count.
+        self._sent, self._received = (
+            (moved_pages.labels(direction), moved_bytes.labels(direction)) for direction in ("sent", "received")
+        )
         self._dirty = Counter(
             "switchover_dirty_pages", "Pages that a collection found dirty.", ["source"], registry=registry
         )
@@ -48,13 +52,15 @@ class Metrics:
 
     def sent(self, pages: int, size: int) -> None:
         """Count pages that were sent and applied, and the bytes that it took."""
-        self._pages.labels("sent").inc(pages)
-        self._bytes.labels("sent").inc(size)
+        sent_pages, sent_bytes = self._sent
+        sent_pages.inc(pages)
+        sent_bytes.inc(size)
 
     def received(self, pages: int, size: int) -> None:
         """Count pages that were applied here."""
-        self._pages.labels("received").inc(pages)
-        self._bytes.labels("received").inc(size)
+        received_pages, received_bytes = self._received
+        received_pages.inc(pages)
+        received_bytes.inc(size)
 
     def dirty(self, source: str, pages: int) -> None:
         """Count what a collection found in an address space, or of the vCPUs."""

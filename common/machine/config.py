@@ -105,6 +105,11 @@ class MachineSpec:
     programs: tuple[ProgramSpec, ...]
     trace: bool = False
 
+    @property
+    def has_clock(self) -> bool:
+        """Whether the guest can tell how long it stood still."""
+        return any(program.program == "clock" for program in self.programs)
+
 
 def parse(path: FilePath) -> MachineSpec:
     """Read a machine file; raise `ConfigError` that names file and line. Relative images are relative to the file."""

@@ -27,6 +27,7 @@ from common.memory.runs import Runs
 __all__ = [
     "MAX_PAGES",
     "MAX_PAYLOAD",
+    "MAX_PLAIN_PAGES",
     "MAX_RUNS",
     "Applier",
     "Encoding",
@@ -44,7 +45,8 @@ __all__ = [
 
 MAX_PAGES = 1 << 22  # pages of any kind: 16 GiB of holes, 512 KiB of zero bits
 MAX_RUNS = 1 << 16  # 1 MiB of run numbers
-MAX_PAYLOAD = MAX_UNIT_PAGES * PAGE_SIZE + MAX_UNIT_PAGES * PAGE_SIZE // 255 + 16  # packed: LZ4_COMPRESSBOUND
+MAX_PLAIN_PAGES = 1 << 12  # of a batch of which nobody needs a copy: 16 MiB
+MAX_PAYLOAD = MAX_PLAIN_PAGES * PAGE_SIZE
 # Pages looked at together: 64 MiB, so that a batch that is not full is rare, and zero pages fill no batches at all.
 _WINDOW_PAGES = 1 << 14
 # The first word tells most pages that are not zero, one of each eighth nearly all others; so many pages fit a cache.
@@ -87,7 +89,7 @@ class PageBatch:
     """Number of pages, zero pages too."""
 
     def __post_init__(self) -> None:
-        self.pages = int(self.run_pages.sum())
+        self.pages = int(np.add.reduce(self.run_pages))
 
     @property
     def zero_pages(self) -> int:
@@ -150,8 +152,9 @@ def belongs(batch: PageBatch, lane: int, lanes: int) -> bool:
     if lanes == 1:
         return True
     first, last = batch.run_first // CHUNK_PAGES, (batch.run_first + batch.run_pages - np.uint64(1)) // CHUNK_PAGES
-    its = (first == last) & (first % lanes == lane)
-    return bool(its.all() and (batch.equal_to // CHUNK_PAGES % lanes == lane).all())
+    if (first != last).any() or (first % lanes != lane).any():
+        return False
+    return not batch.equal_to.size or bool((batch.equal_to // CHUNK_PAGES % lanes == lane).all())
 
 
 def split_lanes(first: npt.NDArray[np.int64], count: npt.NDArray[np.int64], lanes: int) -> list[Runs]:
@@ -171,11 +174,12 @@ def encode(
     round: int,  # noqa: A002 - the name that the field has everywhere
     data: Runs | None = None,
     copied: Callable[[], int] | None = None,
-    unit_pages: int = MAX_UNIT_PAGES,
+    unit_pages: Callable[[], int] = lambda: MAX_UNIT_PAGES,
 ) -> Iterator[PageBatch]:
     """Yield raw batches that carry the pages of ascending runs, each page once; their sequence is 0.
 
-    A batch that may not be copied (below) has up to `unit_pages` pages with a payload.
+    A batch that may not be copied (below) has up to `unit_pages()` pages with a payload, but more than `MAX_UNIT_PAGES`
+    only if it is plain: see `check`.
 
     `data` are the runs of RAM that hold data, if the caller has asked already: `ram.data_runs()`, called after the
     dirty bits were taken. Pages outside them are not read. A batch's payload refers to RAM, as it will be when it is
@@ -192,16 +196,23 @@ def encode(
         pages = runs.expand(window)
         zero = _zero_pages(ram, pages)
         filled = np.flatnonzero(~zero)
+        none_zero = filled.size == pages.size
         begin = full = 0
         while begin < pages.size:
             # A batch ends where the next page with a payload would be too many; zero pages go with the batch before.
             copy = copied() if copied is not None else 0
-            full += copy or unit_pages
+            unit = copy or unit_pages()
+            if unit > MAX_UNIT_PAGES and not (none_zero and _pieces(pages[begin : begin + unit]) <= _MAX_PARTS):
+                unit = MAX_UNIT_PAGES
+            full += unit
             end = int(filled[full]) if full < filled.size else pages.size
-            bits = zero[begin:end]
-            covered = runs.from_pages(pages[begin:end])
-            batch = _batch(round, covered, to_bits(bits))
-            _fill(batch, ram, runs.from_pages(pages[begin:end][~bits]) if bits.any() else covered, copied=copy > 0)
+            covered = places = runs.from_pages(pages[begin:end])
+            bits = bytes((end - begin + 7) // 8)
+            if not none_zero:
+                bits = to_bits(zero[begin:end])
+                places = runs.from_pages(pages[begin:end][~zero[begin:end]])
+            batch = _batch(round, covered, bits)
+            _fill(batch, ram, places, copied=copy > 0)
             yield batch
             begin = end
 
@@ -217,6 +228,10 @@ def pack(batch: PageBatch, method: Method) -> bool:
 
 def _batch(number: int, covered: Runs, zero: bytes) -> PageBatch:
     return PageBatch(0, number, Encoding.RAW, covered[0].astype(np.uint64), covered[1].astype(np.uint64), zero, ())
+
+
+def _pieces(pages: Numbers) -> int:
+    return 1 + int(np.count_nonzero(pages[1:] - pages[:-1] != 1))
 
 
 def _ones(bits: int) -> bytes:
@@ -274,6 +289,7 @@ def _fill(batch: PageBatch, ram: GuestRam, places: Runs, *, copied: bool) -> Non
 def check(batch: PageBatch, pages_in_ram: int) -> None:
     """Raise `ValueError`, saying what is wrong, unless a batch may be applied to RAM of that many pages.
 
+    A plain batch, of raw pages in a few runs and nothing else, may be long: it goes into RAM as it comes.
     The payload itself is not looked at, only its size: it may be yet to come.
     """
     first, count = batch.run_first, batch.run_pages
@@ -281,22 +297,24 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
         raise ValueError(f"a batch has {first.size} first pages but {count.size} run lengths")
     if not 1 <= first.size <= MAX_RUNS:
         raise ValueError(f"a batch has {first.size} runs, not 1 to {MAX_RUNS}")
-    if int(count.min()) == 0:
-        raise ValueError("a batch has an empty run")
-    limit = np.uint64(pages_in_ram)
-    if int(first.max()) >= pages_in_ram or bool((count > limit - first).any()):
-        raise ValueError(f"a batch has a run outside RAM of {pages_in_ram} pages")
-    if first.size > 1 and bool((first[1:] < first[:-1] + count[:-1]).any()):
+    end = first + count
+    if (end <= first).any():  # past 2^64 a run would end before it begins
+        raise ValueError(f"a batch has an empty run, or a run outside RAM of {pages_in_ram} pages")
+    if first.size > 1 and (first[1:] < end[:-1]).any():
         raise ValueError("the runs of a batch overlap or do not ascend")
+    if end[-1] > pages_in_ram:
+        raise ValueError(f"a batch has a run outside RAM of {pages_in_ram} pages")
     pages = batch.pages
     if pages > MAX_PAGES:
         raise ValueError(f"a batch has {pages} pages, more than {MAX_PAGES}")
     _check_bits(batch, pages)
-    if batch.equal_to.size != batch.equal_pages or int(batch.equal_to.max(initial=0)) >= pages_in_ram:
+    if batch.equal_to.size != batch.equal_pages or (batch.equal_to >= pages_in_ram).any():
         raise ValueError("a batch has pages that equal none, or one outside RAM")
     full = batch.payload_pages
-    if full + batch.equal_pages > MAX_UNIT_PAGES:
-        raise ValueError(f"a batch has {full + batch.equal_pages} pages to be written, more than {MAX_UNIT_PAGES}")
+    plain = full == pages and not batch.delta and batch.encoding == Encoding.RAW and first.size <= _MAX_PARTS
+    most = MAX_PLAIN_PAGES if plain else MAX_UNIT_PAGES
+    if full + batch.equal_pages > most:
+        raise ValueError(f"a batch has {full + batch.equal_pages} pages to be written, more than {most}")
     check_packed(batch.encoding, batch.payload_bytes, full * PAGE_SIZE)
 
 
@@ -425,8 +443,7 @@ class Applier:
             self._changed(runs.from_pages(numbers))
 
     def _changed(self, places: Runs) -> None:
-        """Count a change of each chunk that has some of the pages."""
+        """Count a change of each chunk that has some of the pages; several runs of one count once."""
         first, count = places
-        begin, end = first // CHUNK_PAGES, (first + count - 1) // CHUNK_PAGES + 1
-        begin[1:] = np.maximum(begin[1:], end[:-1])  # several runs of a chunk count once
-        self.generation_of_chunk[runs.expand((begin, end - begin))] += 1
+        begin = first // CHUNK_PAGES
+        self.generation_of_chunk[runs.expand((begin, (first + count - 1) // CHUNK_PAGES + 1 - begin))] += 1

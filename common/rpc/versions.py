@@ -9,13 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["FEATURES", "HIGHEST", "LOWEST", "MAX_RECONNECT_SECONDS", "PACKING", "RECONNECT", "choose", "shared"]
+__all__ = [
+    "FEATURES",
+    "HIGHEST",
+    "LOWEST",
+    "MAX_RECONNECT_SECONDS",
+    "PACKING",
+    "PLAIN_16M",
+    "RECONNECT",
+    "choose",
+    "shared",
+]
 
 LOWEST, HIGHEST = 1, 1
 RECONNECT = "reconnect"
 MAX_RECONNECT_SECONDS = 3600.0
 PACKING = "packing"
-FEATURES = frozenset({PACKING, RECONNECT})
+PLAIN_16M = "plain-16m"
+FEATURES = frozenset({PACKING, PLAIN_16M, RECONNECT})
 """What this daemon has beyond the version, by the names in docs/protocol.md."""
 
 

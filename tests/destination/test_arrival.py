@@ -25,7 +25,7 @@ from common.host.ownership import REVOKED as DECIDED_REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
 from common.machine.client import Changes, DeviceConfig, DeviceInfo, MachineClient, MappingChange
-from common.machine.config import MachineSpec, ViommuSpec, to_json
+from common.machine.config import MachineSpec, ProgramSpec, ViommuSpec, to_json
 from common.machine.device import Digest, Pending
 from common.machine.record import Ownership, Record
 from common.memory.layout import CHUNK_PAGES, PAGE_SIZE
@@ -53,7 +53,8 @@ SESSION = "5e551075"
 CONTEXT = cast("grpc.ServicerContext", SimpleNamespace())
 INCARNATION = 4
 CONFIG = bytes(range(256))
-SPEC = MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), ())
+CLOCK = ProgramSpec("clock", "clock0", {"period_us": 1000})
+SPEC = MachineSpec("vm", UUID, 64 << 20, (), 0.4, ViommuSpec(), (), (CLOCK,))
 PAGES = SPEC.ram_size // PAGE_SIZE
 PRECOPY = pb.DEVICE_STATE_KIND_PRECOPY_DATA
 LOADED = pb.DEVICE_STATE_KIND_INIT_DATA_SENT

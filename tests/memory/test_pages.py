@@ -166,6 +166,29 @@ def test_contiguous_pages_are_slices_of_ram(source: GuestRam) -> None:
     assert bytes(first.payload[0][5 * PAGE_SIZE : 6 * PAGE_SIZE]) == b"\x09" * PAGE_SIZE
 
 
+def test_a_batch_is_long_where_it_is_plain(source: GuestRam, target: GuestRam) -> None:
+    def sizes(wanted: Runs) -> list[int]:
+        batches = encode(source, *wanted, round=0, unit_pages=lambda: PAGES)
+        return [batch.payload_pages for batch in batches]
+
+    source.pages[:PAGES] = 1
+    (batch,) = encode(source, *everything(source), round=0, unit_pages=lambda: PAGES)
+    assert batch.pages == PAGES and len(batch.payload) == 1
+    Applier(target).apply(parse(serialize(batch)))
+    assert np.array_equal(source.pages, target.pages)
+    # Many pieces, or zeros among them: that takes a copy at one end or the other.
+    assert sizes(runs.from_pages(np.flatnonzero(np.arange(PAGES) % 16))) == [MAX_UNIT_PAGES, 896]
+    source.pages[5] = 0
+    assert sizes(everything(source)) == [MAX_UNIT_PAGES, PAGES - 1 - MAX_UNIT_PAGES]
+
+
+def test_a_plain_batch_has_a_limit_too() -> None:
+    most = codec.MAX_PLAIN_PAGES
+    check(batch_of([0], [most], bytes(most // 8), bytes(most * PAGE_SIZE)), 1 << 28)
+    with pytest.raises(ValueError, match="4097 pages to be written, more than 4096"):
+        check(batch_of([0], [most + 1], bytes(most // 8 + 1), bytes((most + 1) * PAGE_SIZE)), 1 << 28)
+
+
 def test_zero_pages_fill_no_batches(source: GuestRam) -> None:
     source.populate(0, PAGES)
     source.pages[PAGES - 1, 100] = 1
@@ -265,6 +288,7 @@ WRONG = {
     "runs": batch_of([], [], b""),
     "first pages but": batch_of([1, 2], [1], b"\0", PAGE),
     "empty run": batch_of([1], [0], b""),
+    "empty run, or a run outside": batch_of([8], [2**64 - 4], b"\x0f"),
     "outside RAM of": batch_of([PAGES - 1], [2], b"\x03"),
     "outside RAM": batch_of([PAGES], [1], b"\x01"),
     "run outside": batch_of([1], [2**64 - 1], b"\x01"),
@@ -277,7 +301,8 @@ WRONG = {
     "4095 bytes of payload": batch_of([1], [1], b"\0", PAGE[1:]),
     "bytes of payload, not 0": batch_of([1], [1], b"\x01", PAGE),
     "8192 bytes of payload, not 4096": batch_of([1], [1], b"\0", PAGE * 2),
-    "more than 1024": batch_of([0], [OVER], NONE_SET, PAGE * OVER),
+    "1025 pages to be written, more than 1024": batch_of([0], [OVER + 1], NONE_SET[:-1] + b"\x02", PAGE * OVER),
+    "more than 1024": batch_of([0, *range(1000, 1260, 4)], [960, *[1] * 65], NONE_SET, PAGE * OVER),
     "unknown encoding 0": batch_of([1], [1], b"\0", PAGE, 0),
     "unknown encoding -1": batch_of([1], [1], b"\0", PAGE, -1),
     "lz4 for 4096": batch_of([1], [1], b"\0", PAGE * 2, Encoding.LZ4),
@@ -304,7 +329,7 @@ WRONG = {
     "equal none": batch_of([1], [1], b"\0", equal=b"\x01"),
     "equal none, or": batch_of([1], [1], b"\0", PAGE, equal_to=[1]),
     "or one outside RAM": batch_of([1], [1], b"\0", equal=b"\x01", equal_to=[PAGES]),
-    "1025 pages to be written": batch_of([0], [OVER], NONE_SET, equal=ALL_SET, equal_to=[1] * OVER),
+    "1025 pages to be written, more": batch_of([0], [OVER], NONE_SET, equal=ALL_SET, equal_to=[1] * OVER),
     "refers to a page that is zero": batch_of([1], [1], b"\0", unchanged=b"\x01"),
     "or was never sent": batch_of([1], [1], b"\0", equal=b"\x01", equal_to=[2]),
     "refers to a page": batch_of([1], [1], b"\0", PAGE, delta=b"\x01"),

@@ -164,7 +164,7 @@ def open_lanes(
         lanes,
         network.link,
         lambda number, connection, on_applied: Lane(network, number, connection, on_applied),
-        Packer(source, compression, lanes, MAX_UNIT_PAGES),
+        Packer(source, compression, lanes, (MAX_UNIT_PAGES, MAX_UNIT_PAGES)),
         lambda *_: None,
     )
 

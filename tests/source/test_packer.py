@@ -44,7 +44,7 @@ def opened(source: GuestRam) -> Iterator[Callable[..., Packer]]:
     packers: list[Packer] = []
 
     def open_packer(compression: host_pb2.Compression.ValueType, lanes: int = 1, *, packing: bool = True) -> Packer:
-        packers.append(Packer(source, compression, lanes, MAX_UNIT_PAGES, packing=packing))
+        packers.append(Packer(source, compression, lanes, (MAX_UNIT_PAGES, MAX_UNIT_PAGES), packing=packing))
         return packers[-1]
 
     yield open_packer
@@ -137,7 +137,7 @@ def test_the_first_batches_go_as_they_are_to_see_how_fast_the_link_is(
     assert [batch.payload_pages for batch in arrived[:3]] == [FIRST_LOOK_PAGES] * 3
     assert {batch.encoding for batch in arrived[:3]} == {Encoding.RAW}
     assert {batch.encoding for batch in arrived[3:]} == {then}
-    assert packer.progress()[0] == ("none" if then is Encoding.RAW else ZSTD.name)
+    assert packer.method.name == ("none" if then is Encoding.RAW else ZSTD.name)
     assert np.array_equal(source.pages, target.pages)
 
 
@@ -159,7 +159,7 @@ def test_only_so_much_is_packed_ahead(
     assert not holes.payload
     next(batches)
     assert count[0] <= packer._ahead + 1
-    assert (packer.progress()[0], opened(host_pb2.COMPRESSION_ZSTD).progress()[0]) == (LZ4.name, ZSTD.name)
+    assert (packer.method.name, opened(host_pb2.COMPRESSION_ZSTD).method.name) == (LZ4.name, ZSTD.name)
 
 
 def test_what_fails_while_packing_fails_the_lane(
@@ -171,3 +171,16 @@ def test_what_fails_while_packing_fails_the_lane(
     monkeypatch.setattr(packer_module, "pack", broken)
     with pytest.raises(MemoryError):
         list(opened(host_pb2.COMPRESSION_ZSTD).batches(0, ALL, source.data_runs(), 0, lambda: None))
+
+
+@pytest.mark.parametrize(
+    ("pages", "seconds", "then"),
+    [(1024, 0.001, 2048), (4096, 0.001, 4096), (2048, 0.02, 2048), (4096, 0.1, 2048), (1024, 9.0, 1024)],
+)
+def test_batches_grow_while_the_link_is_fast(pages: int, seconds: float, then: int) -> None:
+    assert packer_module.next_unit(pages, seconds, (1024, 4096)) == then
+
+
+def test_batches_stay_short_for_a_lane_that_wants_them_short() -> None:
+    assert packer_module.next_unit(256, 0.0, (256, 256)) == 256
+    assert packer_module.next_unit(256, 9.0, (256, 256)) == 256
