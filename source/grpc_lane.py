@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 from switchover.v1 import migration_pb2
 
 from common.memory.pages import PageBatch
 from common.rpc.page_batch import serialize
-from source.lanes import OnApplied, Unacked
+from source.lanes import OnApplied, OnSent, Unacked
 from source.limiter import Limiter
 from source.reconnect import Connection
 from source.stream import AckedStream
@@ -54,14 +54,18 @@ class GrpcLane:
         """Number of the last batch."""
         return self._stream.sequence
 
-    def send(self, batch: PageBatch) -> int:
-        """Number a batch and send it."""
-        batch.sequence = self._stream.next_sequence()
-        message = serialize(batch)
-        self._unacked.add(batch, len(message))
-        self._limiter.take(len(message))
-        self._stream.send(message)
-        return len(message)
+    def send_all(self, batches: Iterator[PageBatch], sent: OnSent) -> None:
+        """Number batches and send them."""
+        self._stream.send_all(self._messages(batches, sent))
+
+    def _messages(self, batches: Iterator[PageBatch], sent: OnSent) -> Iterator[bytes]:
+        for batch in batches:
+            batch.sequence = self._stream.next_sequence()
+            message = serialize(batch)
+            self._unacked.add(batch, len(message))
+            self._limiter.take(len(message))
+            sent(batch, len(message))
+            yield message
 
     def drain(self) -> None:
         """Wait until everything that was sent is applied."""

@@ -10,7 +10,7 @@ packed afresh, never taken from what was sent before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
@@ -26,10 +26,12 @@ from source.lane_stats import LaneStats, total
 from source.packer import Packer
 from source.reconnect import Connection, Link
 
-__all__ = ["OnApplied", "OpenLane", "PageLane", "PageLanes", "Unacked"]
+__all__ = ["OnApplied", "OnSent", "OpenLane", "PageLane", "PageLanes", "Unacked"]
 
 OnApplied = Callable[[Runs, int], None]
 """Is told of every ack: the pages, and the bytes on the wire."""
+OnSent = Callable[[PageBatch, int], None]
+"""Is told of every batch that is sent, and its size."""
 
 
 class PageLane(Protocol):
@@ -39,8 +41,11 @@ class PageLane(Protocol):
     def sequence(self) -> int:
         """Number of the last batch."""
 
-    def send(self, batch: PageBatch) -> int:
-        """Number a batch and send it, as soon as the bandwidth limit and the destination let it; return its size."""
+    def send_all(self, batches: Iterator[PageBatch], sent: OnSent) -> None:
+        """Number batches and send them, as soon as the bandwidth limit and the destination let it; tell of each.
+
+        `batches` is run in whatever thread sends, and no more when this returns or raises.
+        """
 
     def drain(self) -> None:
         """Wait until everything that was sent is in the destination's RAM."""
@@ -131,8 +136,7 @@ class _Sender:
         while True:
             try:
                 lane = self.lane
-                for batch in self._packer.batches(self._number, left, data, number, lane.drain):
-                    self.sent.count(batch, lane.send(batch))
+                lane.send_all(self._packer.batches(self._number, left, data, number, lane.drain), self.sent.count)
                 lane.drain()
             except PeerError as failure:
                 self._reopen(failure)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -17,7 +18,7 @@ from common.memory.pages import PageBatch
 from common.rpc.errors import PeerError
 from common.rpc.lane_frame import AckReader, LaneRefusedError, pack_ack, pack_batch, pack_end, pack_hello
 from common.rpc.lane_socket import LaneSocket
-from source.lanes import OnApplied, Unacked
+from source.lanes import OnApplied, OnSent, Unacked
 from source.limiter import Limiter
 
 __all__ = ["LanePort", "TcpLane"]
@@ -64,8 +65,12 @@ class TcpLane:
         except OSError as error:
             raise _unreachable(f"no page lane to port {port.port}: {error}") from error
 
-    def send(self, batch: PageBatch) -> int:
-        """Number a batch and send it."""
+    def send_all(self, batches: Iterator[PageBatch], sent: OnSent) -> None:
+        """Number batches and send them."""
+        for batch in batches:
+            sent(batch, self._send(batch))
+
+    def _send(self, batch: PageBatch) -> int:
         self.sequence += 1
         batch.sequence = self.sequence
         parts = pack_batch(batch)

@@ -20,7 +20,7 @@ from common.memory.ram import GuestRam
 from common.rpc.errors import PeerError
 from common.rpc.page_batch import parse, serialize
 from source import reconnect
-from source.lanes import OnApplied, PageLanes, Unacked
+from source.lanes import OnApplied, OnSent, PageLanes, Unacked
 from source.packer import Packer
 from source.reconnect import Connection, Link
 
@@ -42,16 +42,17 @@ class Lane:
         self.sequence = connection.begins.lanes[number].applied_sequence
         self.failure: Exception | None = None
 
-    def send(self, batch: PageBatch) -> int:
-        if self.failure is not None:
-            raise self.failure
-        self.sequence = batch.sequence = self.sequence + 1
-        message = serialize(batch)
-        self._unacked.add(batch, len(message))
-        self._network.carry(self._number, self._generation, parse(message))
-        if self.sequence > self._network.unacked:
-            self._unacked.applied(self.sequence - self._network.unacked)
-        return len(message)
+    def send_all(self, batches: Iterator[PageBatch], sent: OnSent) -> None:
+        for batch in batches:
+            if self.failure is not None:
+                raise self.failure
+            self.sequence = batch.sequence = self.sequence + 1
+            message = serialize(batch)
+            self._unacked.add(batch, len(message))
+            self._network.carry(self._number, self._generation, parse(message))
+            if self.sequence > self._network.unacked:
+                self._unacked.applied(self.sequence - self._network.unacked)
+            sent(batch, len(message))
 
     def drain(self) -> None:
         if self.failure is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +154,66 @@ def test_what_is_sent_arrives_in_order_and_is_applied_when_drained(opened: Calla
     assert draining.ended() and draining.failure is None
     assert seen == [1, 2, 3] and stream.sequence == 3
     stream.check()
+
+
+def test_many_are_taken_by_the_thread_that_sends_them(opened: Callable[..., Opened]) -> None:
+    stream, destination = opened()
+    threads: list[str] = []
+
+    def requests() -> Iterator[int]:
+        for _ in range(100):
+            threads.append(threading.current_thread().name)
+            yield stream.next_sequence()
+
+    stream.send_all(requests())
+    send(stream)
+    assert [destination.received.get(timeout=SECONDS) for _ in range(101)] == [*range(1, 102)]
+    assert destination._thread is not None and set(threads) == {destination._thread.name}
+
+
+def test_a_failure_among_many_is_raised_and_ends_the_stream(opened: Callable[..., Opened]) -> None:
+    stream, destination = opened()
+
+    def requests() -> Iterator[int]:
+        yield stream.next_sequence()
+        raise OSError(12, "no memory")
+
+    for call in (lambda: stream.send_all(requests()), stream.drain):
+        with pytest.raises(OSError, match="no memory"):
+            call()
+    assert destination.received.get(timeout=SECONDS) == 1
+
+
+def test_nothing_is_taken_any_more_when_many_have_failed(opened: Callable[..., Opened]) -> None:
+    """Whoever goes on elsewhere with what is left shares it with nobody."""
+    stream, destination = opened()
+    inside, go_on = threading.Event(), threading.Event()
+    taken: list[int] = []
+
+    def requests() -> Iterator[int]:
+        for number in range(3):
+            taken.append(number)
+            inside.set()
+            assert go_on.wait(SECONDS)
+            yield stream.next_sequence()
+
+    sending = Background(lambda: stream.send_all(requests()))
+    assert inside.wait(SECONDS)
+    destination.end(Broken(grpc.StatusCode.UNAVAILABLE, "gone"))
+    assert sending.waits()  # it is just being asked for a request
+    go_on.set()
+    assert sending.ended() and isinstance(sending.failure, PeerError)
+    count = len(taken)
+    time.sleep(0.05)
+    assert len(taken) == count
+
+
+def test_many_that_nobody_takes_are_given_up_with_the_stream(opened: Callable[..., Opened]) -> None:
+    stream, _ = opened(reads=False)
+    sending = Background(lambda: stream.send_all(iter([1, 2])))
+    assert sending.waits()
+    stream.interrupt(ConnectionError("enough"))
+    assert sending.ended() and str(sending.failure) == "enough"
 
 
 def test_nothing_sent_is_drained(opened: Callable[..., Opened]) -> None:

@@ -30,6 +30,14 @@ SECONDS = 10.0
 TOKEN = bytes(range(32))
 
 
+def send(lane: TcpLane, one: PageBatch) -> int:
+    """Send a batch; return its size."""
+    sizes: list[int] = []
+    lane.send_all(iter([one]), lambda _, size: sizes.append(size))
+    (size,) = sizes
+    return size
+
+
 def batch(pages: int = 1) -> PageBatch:
     covered = np.array([0], np.uint64), np.array([pages], np.uint64)
     return PageBatch(0, 0, 1, *covered, bytes((pages + 7) // 8), (memoryview(bytearray(4096 * pages)),))
@@ -90,7 +98,7 @@ def destination() -> Iterator[Destination]:
 def send_on(lane: TcpLane) -> None:
     """Send more than any buffer takes."""
     for _ in range(1000):
-        lane.send(batch(64))
+        send(lane, batch(64))
 
 
 class Background:
@@ -119,7 +127,7 @@ class Background:
 
 def test_batches_are_numbered_and_drained_when_they_are_applied(destination: Destination) -> None:
     lane = destination.open()
-    assert lane.send(batch()) == lane.send(batch()) == SIZE
+    assert send(lane, batch()) == send(lane, batch()) == SIZE
     for sequence in (1, 2):
         header = parse_header(destination.take(SIZE)[:HEADER_SIZE])
         assert header is not None and header.sequence == sequence
@@ -137,7 +145,7 @@ def test_batches_are_numbered_and_drained_when_they_are_applied(destination: Des
 def test_an_ack_may_stand_for_several_and_come_in_pieces(destination: Destination) -> None:
     lane = destination.open()
     for _ in range(3):
-        lane.send(batch(2))
+        send(lane, batch(2))
     data = pack_ack(1) + pack_ack(3)
     destination.say(data[:11])
     draining = Background(lane.drain)
@@ -149,7 +157,7 @@ def test_an_ack_may_stand_for_several_and_come_in_pieces(destination: Destinatio
 
 def test_only_so_many_batches_are_on_their_way(destination: Destination) -> None:
     lane = destination.open()
-    sending = Background(lambda: [lane.send(batch()) for _ in range(MAX_UNACKED + 1)])
+    sending = Background(lambda: [send(lane, batch()) for _ in range(MAX_UNACKED + 1)])
     assert sending.waits() and lane.sequence == MAX_UNACKED
     destination.say(pack_ack(1))
     assert Background(lambda: destination.take(SIZE * (MAX_UNACKED + 1))).ended()
@@ -158,7 +166,7 @@ def test_only_so_many_batches_are_on_their_way(destination: Destination) -> None
 def test_a_lane_goes_on_behind_what_was_applied_before(destination: Destination) -> None:
     lane = destination.open(applied=7)
     lane.drain()
-    lane.send(batch())
+    send(lane, batch())
     header = parse_header(destination.take(SIZE)[:HEADER_SIZE])
     assert header is not None and header.sequence == lane.sequence == 8
     destination.say(pack_ack(8))
@@ -168,7 +176,7 @@ def test_a_lane_goes_on_behind_what_was_applied_before(destination: Destination)
 def test_what_was_applied_and_not_acknowledged_counts_once_it_is_known(destination: Destination) -> None:
     lane = destination.open()
     for _ in range(3):
-        lane.send(batch())
+        send(lane, batch())
     destination.say(pack_ack(1))
     destination.connection.close()
     with pytest.raises(PeerError):
@@ -184,9 +192,9 @@ def test_what_was_applied_and_not_acknowledged_counts_once_it_is_known(destinati
 @pytest.mark.parametrize("sequence", [2, 1 << 63])
 def test_an_ack_of_what_was_never_sent_is_refused(destination: Destination, sequence: int) -> None:
     lane = destination.open()
-    lane.send(batch())
+    send(lane, batch())
     destination.say(pack_ack(sequence))
-    for call in (lane.drain, lane.drain, lambda: lane.send(batch())):
+    for call in (lane.drain, lane.drain, lambda: send(lane, batch())):
         with pytest.raises(ConnectionError, match=f"acknowledges {sequence}, never sent"):
             call()
     assert destination.applied == []
@@ -195,7 +203,7 @@ def test_an_ack_of_what_was_never_sent_is_refused(destination: Destination, sequ
 def test_an_ack_does_not_go_back(destination: Destination) -> None:
     lane = destination.open()
     for _ in range(3):
-        lane.send(batch())
+        send(lane, batch())
     destination.say(pack_ack(2) + pack_ack(1))
     with pytest.raises(ConnectionError, match="acknowledges 1"):
         lane.drain()
@@ -204,7 +212,7 @@ def test_an_ack_does_not_go_back(destination: Destination) -> None:
 @pytest.mark.parametrize("closes", [False, True])
 def test_the_destinations_last_word_is_told(destination: Destination, closes: bool) -> None:
     lane = destination.open()
-    lane.send(batch())
+    send(lane, batch())
     destination.say(pack_refusal("BAD_REQUEST", "no such pages"))
     if closes:
         destination.connection.close()
@@ -215,7 +223,7 @@ def test_the_destinations_last_word_is_told(destination: Destination, closes: bo
 
 def test_a_destination_that_is_gone(destination: Destination) -> None:
     lane = destination.open()
-    lane.send(batch())
+    send(lane, batch())
     destination.connection.close()
     for _ in range(2):
         with pytest.raises(PeerError, match="a page lane has ended") as failed:
@@ -245,20 +253,20 @@ def test_one_who_never_answers(destination: Destination, monkeypatch: pytest.Mon
 
 def test_who_waits_is_interrupted(destination: Destination) -> None:
     lane = destination.open()
-    lane.send(batch())
+    send(lane, batch())
     draining = Background(lane.drain)
     assert draining.waits()
     lane.interrupt(KeyError("cancelled"))
     lane.interrupt(ValueError("later"))
     assert draining.ended() and isinstance(draining.failure, KeyError)
-    for call in (lane.drain, lambda: lane.send(batch())):
+    for call in (lane.drain, lambda: send(lane, batch())):
         with pytest.raises(KeyError):
             call()
 
 
 def test_who_sends_to_one_who_does_not_read_is_interrupted(destination: Destination) -> None:
     lane = destination.open()
-    sending = Background(lambda: [lane.send(batch(8192)) for _ in range(MAX_UNACKED + 1)])
+    sending = Background(lambda: [send(lane, batch(8192)) for _ in range(MAX_UNACKED + 1)])
     assert sending.waits()
     lane.interrupt(KeyError("cancelled"))
     assert sending.ended() and isinstance(sending.failure, KeyError)
