@@ -14,7 +14,7 @@ from common.machine.attachments import read_attachments
 from common.machine.device_config import Attachment
 from console.errors import CommandError
 from console.exit_codes import ExitCode
-from console.options import Tls, parse_address, parse_directory, parse_names
+from console.options import Tls, parse_address, parse_directory, parse_names, parse_patience
 
 __all__ = ["destination", "host", "source"]
 
@@ -87,6 +87,16 @@ MetricsAt = Annotated[
 ]
 
 
+MaxReconnect = Annotated[
+    float,
+    typer.Option(
+        parser=parse_patience,
+        metavar="DURATION",
+        help="How long at most an arrival is kept whose source cannot be reached.",
+    ),
+]
+
+
 AtTheEnd = Annotated[
     OnSigterm,
     typer.Option(help="On SIGTERM or Ctrl-C, end a migration that runs, or finish it first. A second one ends it."),
@@ -143,6 +153,7 @@ def destination(
     log_format: LogAs = LogFormat.CONSOLE,
     metrics: MetricsAt = None,
     on_sigterm: AtTheEnd = OnSigterm.ABORT,
+    max_reconnect: MaxReconnect = "300s",  # type: ignore[assignment]  # typer parses a default too
 ) -> int:
     """Run the daemon that machines arrive at."""
     from common.host.network import Network
@@ -156,7 +167,7 @@ def destination(
         state_dir,
         **_kinds(devices),
         attachments=_attachments(device_sockets, device_file),
-        operation=Operation(log_format, on_sigterm),
+        operation=Operation(log_format, on_sigterm, max_reconnect),
     )
 
 
@@ -176,6 +187,7 @@ def host(
     log_format: LogAs = LogFormat.CONSOLE,
     metrics: MetricsAt = None,
     on_sigterm: AtTheEnd = OnSigterm.ABORT,
+    max_reconnect: MaxReconnect = "300s",  # type: ignore[assignment]  # typer parses a default too
 ) -> int:
     """Run both daemons in one: machines arrive and leave."""
     from common.host.network import Network
@@ -190,5 +202,5 @@ def host(
         state_dir,
         **_kinds(devices),
         attachments=_attachments(device_sockets, device_file),
-        operation=Operation(log_format, on_sigterm),
+        operation=Operation(log_format, on_sigterm, max_reconnect),
     )

@@ -46,7 +46,7 @@ def run(
     except (HostError, OSError) as error:
         return fail(str(error))
     outgoing = SourceServicer(host)
-    incoming = MigrationServicer(host, network.lane_listen)
+    incoming = MigrationServicer(host, network.lane_listen, operation.max_reconnect_s)
 
     def register(server: grpc.Server) -> None:
         host_pb2_grpc.add_HostServiceServicer_to_server(outgoing, server)

@@ -38,7 +38,7 @@ def run(
         return fail(str(error), 2)
     except (HostError, OSError) as error:
         return fail(str(error))
-    servicer = MigrationServicer(host, network.lane_listen)
+    servicer = MigrationServicer(host, network.lane_listen, operation.max_reconnect_s)
 
     def register(server: grpc.Server) -> None:
         host_pb2_grpc.add_HostServiceServicer_to_server(HostServicer(host), server)

@@ -16,6 +16,7 @@ from common.host.ownership import ARRIVED, COMMITTED, OPEN, REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.logs import enter_session
 from common.memory.pages import PageBatch
+from common.rpc.access import caller
 from common.rpc.errors import RefusalError
 from common.rpc.page_batch import parse
 from common.rpc.versions import HIGHEST, LOWEST, MAX_RECONNECT_SECONDS, RECONNECT, choose, shared
@@ -41,11 +42,21 @@ _DECIDED = {COMMITTED: handover.RUNNING, REVOKED: handover.REVOKED, None: handov
 class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     """One machine arrives at a time; the last session is kept, so that it can be asked about."""
 
-    def __init__(self, host: Host, lane_listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
-        """`lane_listen`: host and port for TCP page lanes; port 0: a free one for each session."""
+    def __init__(
+        self,
+        host: Host,
+        lane_listen: tuple[str, int] = ("127.0.0.1", 0),
+        max_reconnect_s: float = MAX_RECONNECT_SECONDS,
+    ) -> None:
+        """`lane_listen`: host and port for TCP page lanes; port 0: a free one for each session.
+
+        `max_reconnect_s`: for how many seconds at most a session waits for its source.
+        """
         self._host = host
+        self._max_reconnect_s = max_reconnect_s
         self._lane_listen = lane_listen
         self._arrival: Arrival | None = None
+        self._begun_by: frozenset[str] = frozenset()
         self._lock = threading.Lock()
 
     def Prepare(
@@ -82,7 +93,8 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
                 grpc.StatusCode.FAILED_PRECONDITION, "OLD_INCARNATION", "a later incarnation was here already"
             )
         waiting = self._arrival
-        if waiting is not None and waiting.is_waiting and waiting.machine_uuid == request.machine_uuid:
+        its_source = caller(context) == self._begun_by
+        if waiting is not None and waiting.is_waiting and waiting.machine_uuid == request.machine_uuid and its_source:
             waiting.lose("its source has begun anew")
         self._host.begin_migration(request.session_id)
         enter_session(request.session_id)
@@ -93,17 +105,19 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             self._host.end_migration()
             raise
         features = shared(request.features)
-        reconnect_s = request.reconnect_s if RECONNECT in features else 0.0
+        reconnect_s = min(request.reconnect_s, self._max_reconnect_s) if RECONNECT in features else 0.0
         with self._lock:
             if self._arrival is not None:
                 self._arrival.close()
             self._arrival = arrival = Arrival(self._host, request, self._lane_listen, reconnect_s)
+            self._begun_by = caller(context)
         prepared = arrival.prepare(request)
         if not context.is_active():
             # It has cancelled, or has gone, while the machine was built: it will not come back for this session.
             arrival.revoke("the source has not waited for it")
         prepared.protocol_version = version
         prepared.features.extend(features)
+        prepared.reconnect_s = reconnect_s
         return prepared
 
     def ReadClock(
@@ -141,14 +155,14 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         self, request: migration_pb2.ReconnectRequest, context: grpc.ServicerContext
     ) -> migration_pb2.ReconnectResponse:
         """Begin a new generation of streams."""
-        return self._of(request.session_id).reconnect(request)
+        return self._of(request.session_id, context).reconnect(request)
 
     def Finish(
         self, request: migration_pb2.FinishRequest, context: grpc.ServicerContext
     ) -> migration_pb2.FinishResponse:
         """Load the rest."""
         try:
-            return self._of(request.session_id).finish(request)
+            return self._of(request.session_id, context).finish(request)
         except (ClosedError, RequestError) as error:
             raise RefusalError(grpc.StatusCode.ABORTED, "CANNOT_LOAD", str(error)) from error
 
@@ -156,13 +170,13 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         self, request: migration_pb2.VerifyRequest, context: grpc.ServicerContext
     ) -> migration_pb2.VerifyResponse:
         """Compare."""
-        return self._of(request.session_id).verify(request)
+        return self._of(request.session_id, context).verify(request)
 
     def Commit(
         self, request: migration_pb2.CommitRequest, context: grpc.ServicerContext
     ) -> migration_pb2.CommitResponse:
         """Take the machine over."""
-        return self._of(request.session_id).commit(request)
+        return self._of(request.session_id, context).commit(request)
 
     def Halt(self, request: migration_pb2.HaltRequest, context: grpc.ServicerContext) -> migration_pb2.HaltResponse:
         """Pause the machine that this session has brought, also if another daemon of this host has served it then."""
@@ -171,6 +185,8 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             raise RefusalError(
                 grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no machine is here that such a session brought"
             )
+        if self._arrival is not None and self._arrival.session_id == request.session_id:
+            self._require_its_source(context)
         _log.error("machine halted by its source", session=request.session_id, reason=request.reason)
         self._host.require_machine().pause()
         self._host.events.publish(request.session_id, machine_state="paused")
@@ -200,6 +216,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """Decide: what is not committed by now is revoked, on disk, before it is answered."""
         arrival = self._arrival
         if arrival is not None and arrival.session_id == request.session_id:
+            self._require_its_source(context)
             enter_session(request.session_id)
             try:
                 arrival.revoke("the source asked for a decision")
@@ -216,6 +233,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         """End the session."""
         arrival = self._arrival
         if arrival is not None and arrival.session_id == request.session_id:
+            self._require_its_source(context)
             enter_session(request.session_id)
             try:
                 arrival.revoke(request.reason)
@@ -224,14 +242,22 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         return migration_pb2.AbortResponse()
 
     def _of_stream(self, context: grpc.ServicerContext) -> Arrival:
-        return self._of(_metadata(context, "session-id"))
+        return self._of(_metadata(context, "session-id"), context)
 
-    def _of(self, session_id: str) -> Arrival:
+    def _of(self, session_id: str, context: grpc.ServicerContext) -> Arrival:
         arrival = self._arrival
         if arrival is None or arrival.session_id != session_id:
             raise RefusalError(grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no such session is known here")
+        self._require_its_source(context)
         enter_session(session_id)
         return arrival
+
+    def _require_its_source(self, context: grpc.ServicerContext) -> None:
+        """Refuse whoever has another certificate than the one that has begun the session."""
+        names = caller(context)
+        if names != self._begun_by:
+            who = ", ".join(sorted(names)) or "a caller without a name"
+            raise RefusalError(grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED", f"{who} has not begun this session")
 
     def is_busy(self) -> bool:
         """Return whether a migration runs; one that came is over when its source has closed its streams."""

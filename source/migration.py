@@ -259,7 +259,11 @@ class Migration:
             lane_port=prepared.lane_port,
             lane_tokens=prepared.lane_tokens,
         )
-        self._link.open(begins, self._request.reconnect_s if versions.RECONNECT in prepared.features else 0.0)
+        asked = self._request.reconnect_s if versions.RECONNECT in prepared.features else 0.0
+        patience = min(asked, prepared.reconnect_s) if prepared.HasField("reconnect_s") else asked
+        if patience < asked:
+            self._account.say(f"a lost connection is waited for up to {patience:g} s: the destination allows no more")
+        self._link.open(begins, patience)
 
     @property
     def _streams(self) -> Streams:

@@ -19,10 +19,14 @@ class OnSigterm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`log_format` None: as the environment says."""
+    """`log_format` None: as the environment says.
+
+    `max_reconnect_s`: for how many seconds at most a destination keeps a session whose source cannot be reached.
+    """
 
     log_format: LogFormat | None = None
     on_sigterm: OnSigterm = OnSigterm.ABORT
+    max_reconnect_s: float = 300.0
 
 
 AS_USUAL = Operation()

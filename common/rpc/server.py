@@ -6,10 +6,10 @@ import errno
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import structlog
@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from common.ipc.channel import ClosedError, RequestError
 from common.logs import leave_session
-from common.rpc.access import ANYBODY, Access, is_allowed, names_of
+from common.rpc.access import ANYBODY, Access, caller, is_allowed
 from common.rpc.channel import BULK_OPTIONS
 from common.rpc.errors import RefusalError, status_of
 
@@ -177,7 +177,7 @@ def _guard_stream(
 
 def _check(method: str, context: grpc.ServicerContext, access: Access) -> None:
     leave_session()  # that of this thread's last call
-    names = names_of(cast("Mapping[str, Iterable[bytes]]", context.auth_context()))  # its stub is wrong
+    names = caller(context)
     if not is_allowed(method, names, access):
         who = ", ".join(sorted(names)) or "a caller without a name"
         _log.warning("refused", method=method, caller=who, peer=context.peer())

@@ -50,7 +50,8 @@ from destination.service import MigrationServicer
 
 UUID = "6f2c9e0a-0000-4000-8000-000000000001"
 SESSION = "5e551075"
-CONTEXT = cast("grpc.ServicerContext", SimpleNamespace())
+CONTEXT = cast("grpc.ServicerContext", SimpleNamespace(auth_context=dict))
+STRANGER = cast("grpc.ServicerContext", SimpleNamespace(auth_context=lambda: {"x509_common_name": [b"other"]}))
 INCARNATION = 4
 CONFIG = bytes(range(256))
 CLOCK = ProgramSpec("clock", "clock0", {"period_us": 1000})
@@ -187,7 +188,12 @@ class Rig:
         pairs = tuple((key.replace("_", "-"), value) for key, value in given.items())
         return cast(
             "grpc.ServicerContext",
-            SimpleNamespace(invocation_metadata=lambda: pairs, is_active=lambda: active, cancel=lambda: None),
+            SimpleNamespace(
+                invocation_metadata=lambda: pairs,
+                is_active=lambda: active,
+                cancel=lambda: None,
+                auth_context=dict,
+            ),
         )
 
     def pages(self, *batches: PageBatch | bytes, lane: str = "0", session_id: str = SESSION) -> list[int]:
@@ -669,6 +675,31 @@ def fills(rig: Rig, first: int, end: int) -> list[int]:
     return found
 
 
+def test_a_destination_may_wait_less_than_it_is_asked_to(rig: Rig) -> None:
+    rig.servicer._max_reconnect_s = 12.0
+    assert rig.prepare(**RECONNECTS).reconnect_s == 12.0
+    rig.abort()
+    assert rig.prepare(session_id="another", **RECONNECTS | {"reconnect_s": 3.0}).reconnect_s == 3.0
+
+
+CALLS: dict[str, Callable[[MigrationServicer], object]] = {
+    "Reconnect": lambda servicer: servicer.Reconnect(pb.ReconnectRequest(session_id=SESSION, generation=1), STRANGER),
+    "Finish": lambda servicer: servicer.Finish(pb.FinishRequest(session_id=SESSION), STRANGER),
+    "Verify": lambda servicer: servicer.Verify(pb.VerifyRequest(session_id=SESSION), STRANGER),
+    "Commit": lambda servicer: servicer.Commit(pb.CommitRequest(session_id=SESSION), STRANGER),
+    "Resolve": lambda servicer: servicer.Resolve(pb.ResolveRequest(session_id=SESSION), STRANGER),
+    "Abort": lambda servicer: servicer.Abort(pb.AbortRequest(session_id=SESSION), STRANGER),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_session_is_of_the_certificate_that_has_begun_it(rig: Rig, call: str) -> None:
+    rig.ready(**RECONNECTS)
+    assert refused(lambda: CALLS[call](rig.servicer)) == "NOT_ALLOWED: other has not begun this session"
+    assert rig.state() == READY
+    assert rig.commit().state == RUNNING
+
+
 @pytest.mark.parametrize("changes", [{}, {"reconnect_s": 30.0}, {"features": [versions.RECONNECT]}])
 def test_a_session_that_was_not_prepared_for_it_does_not_survive_a_stream(rig: Rig, changes: dict[str, Any]) -> None:
     rig.prepare(**changes)
@@ -977,8 +1008,8 @@ def test_the_highest_version_and_the_features_that_both_have(rig: Rig, monkeypat
 
 
 def test_a_machine_that_is_not_what_it_was_is_halted(rig: Rig) -> None:
-    def halt(session_id: str = SESSION) -> None:
-        rig.servicer.Halt(pb.HaltRequest(session_id=session_id, reason="memory differs"), CONTEXT)
+    def halt(session_id: str = SESSION, context: grpc.ServicerContext = CONTEXT) -> None:
+        rig.servicer.Halt(pb.HaltRequest(session_id=session_id, reason="memory differs"), context)
 
     rig.ready(verify=pb.VERIFY_MODE_DEFERRED)
     assert refused(halt).startswith("NO_SESSION")
@@ -988,6 +1019,7 @@ def test_a_machine_that_is_not_what_it_was_is_halted(rig: Rig) -> None:
         rig.host.record_path, Record(UUID, "vm", INCARNATION, Ownership.OWNER, "/d", SESSION)
     )  # as a machine does that is told to
     assert refused(lambda: halt("another")).startswith("NO_SESSION")
+    assert refused(lambda: halt(context=STRANGER)).startswith("NOT_ALLOWED")
     halt()
     rig.servicer._arrival = None  # as after a new start
     halt()

@@ -65,11 +65,11 @@ class Network:
 
 
 @contextmanager
-def network(rig: Rig) -> Iterator[Network]:
+def network(rig: Rig, *options: str) -> Iterator[Network]:
     """Start a destination, and a network to it."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
         lane_port = unused.getsockname()[1]
-    destination = rig.start("destination", listen="127.0.0.2:0", options=("--lane-port", str(lane_port)))
+    destination = rig.start("destination", listen="127.0.0.2:0", options=("--lane-port", str(lane_port), *options))
     with FaultProxy(destination.address) as calls, FaultProxy(f"127.0.0.2:{lane_port}", lane_port) as lanes:
         yield Network(destination, [calls, lanes])
 
@@ -173,6 +173,21 @@ def test_a_dead_peer_is_found(rig: Rig, image: Path, kind: str) -> None:
         assert source.tells(session, loses_its_connection, seconds=12)
         source.stub.Cancel(host_pb2.CancelRequest(), timeout=20)
         assert source.follow(session, HANG).result == "cancelled"
+
+
+def test_a_destination_waits_no_longer_than_its_operator_lets_it(rig: Rig) -> None:
+    source = rig.start("source", machine_toml())
+    before = goes_on(source)
+    with network(rig, "--max-reconnect", "2s") as net:
+        with rig.held("source.round0") as arrived:
+            session = source.begin(net.address, reconnect_s=3600)
+            arrived()
+            net.do(FaultProxy.cut)
+        assert source.tells(session, lambda event: "up to 2 s: the destination allows no more" in event.message)
+        ended = source.follow(session, HANG)
+        assert (ended.result, ended.owner, ended.reason) == ("failed", "source", "UNREACHABLE")
+        wait_for(lambda: not net.destination.look().migrating, "the destination has not let go", HANG)
+    goes_on(source, before)
 
 
 @pytest.mark.matrix

@@ -6,9 +6,10 @@ import stat
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 from rig import Daemon, Rig, assert_completed, machine_toml, switchover, switchover_json
-from switchover.v1 import migration_pb2
+from switchover.v1 import migration_pb2, migration_pb2_grpc
 from test_journey_localhost import goes_on
 
 from common.rpc.tls import channel_credentials
@@ -100,6 +101,30 @@ def test_a_source_that_is_no_operator_halts_what_it_has_brought(rig: Rig, image:
     result = source.follow(session)
     assert (result.result, result.reason) == ("failed", "DATA_LOSS")
     assert destination.look().machine.state == "paused"
+
+
+def test_a_migration_is_ended_only_by_whoever_has_begun_it(rig: Rig, certs: Path) -> None:
+    """Others who may migrate to a host may do it no harm there, though they can see the session's name."""
+    ops = channel_credentials(certs / "ops")
+    source = rig.start("source", machine_toml(), options=tls_options(certs, "host1"), credentials=ops)
+    destination = rig.start("destination", options=tls_options(certs, "host2"), credentials=ops)
+    before = goes_on(source)
+    with rig.held("source.round0") as arrived:
+        session = source.begin(destination.address)
+        arrived()
+        visiting = channel_credentials(certs / "visiting")
+        with grpc.secure_channel(destination.address, visiting) as channel:
+            stub = migration_pb2_grpc.MigrationServiceStub(channel)
+            seen = destination.look().session_id
+            for call, request in (
+                (stub.Abort, migration_pb2.AbortRequest(session_id=seen)),
+                (stub.Resolve, migration_pb2.ResolveRequest(session_id=seen)),
+                (stub.Reconnect, migration_pb2.ReconnectRequest(session_id=seen, generation=1)),
+            ):
+                with pytest.raises(grpc.RpcError, match="visiting has not begun this session"):
+                    call(request, timeout=20)
+    assert_completed(source.follow(session))
+    goes_on(destination, before)
 
 
 STRANGERS = {

@@ -23,7 +23,7 @@ from switchover.v1 import host_pb2, host_pb2_grpc, migration_pb2
 
 from common.host.host import Host
 from common.host.service import HostServicer
-from common.rpc.access import ANYBODY, Access, is_allowed, names_of
+from common.rpc.access import ANYBODY, Access, caller, is_allowed
 from common.rpc.channel import open_bulk_channel, open_channel
 from common.rpc.errors import PeerError, peer_error
 from common.rpc.server import Server
@@ -59,7 +59,7 @@ class Anybody(HostServicer):
         self.names: set[str] = set()
 
     def Pause(self, request: host_pb2.PauseRequest, context: grpc.ServicerContext) -> host_pb2.PauseResponse:  # noqa: N802
-        self.names = names_of(context.auth_context())
+        self.names = set(caller(context))
         return host_pb2.PauseResponse()
 
 

@@ -274,10 +274,15 @@ class PrepareResponse(_message.Message):
     LANE_PORT_FIELD_NUMBER: _builtins.int
     LANE_TOKENS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    RECONNECT_S_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol that will be spoken: the highest that both do."""
     lane_port: _builtins.int
     """With TCP lanes: the port, on the host at which the destination was called, that takes them."""
+    reconnect_s: _builtins.float
+    """For how many seconds the destination keeps the session when streams have broken: what the source has asked for, or
+    less. A destination that says nothing keeps it as long as it was asked to.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparedDevice]:
         """The devices of the machine as the destination has them."""
@@ -298,12 +303,15 @@ class PrepareResponse(_message.Message):
         lane_port: _builtins.int = ...,
         lane_tokens: _abc.Iterable[_builtins.bytes] | None = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
+        reconnect_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reconnect_s", b"_reconnect_s", "reconnect_s", b"reconnect_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "features", b"features", "lane_port", b"lane_port", "lane_tokens", b"lane_tokens", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reconnect_s", b"_reconnect_s", "devices", b"devices", "features", b"features", "lane_port", b"lane_port", "lane_tokens", b"lane_tokens", "protocol_version", b"protocol_version", "reconnect_s", b"reconnect_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__reconnect_s: _TypeAlias = _typing.Literal["reconnect_s"]  # noqa: Y015
+    _WhichOneofArgType__reconnect_s: _TypeAlias = _typing.Literal["_reconnect_s", b"_reconnect_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reconnect_s) -> _WhichOneofReturnType__reconnect_s | None: ...
 
 Global___PrepareResponse: _TypeAlias = PrepareResponse  # noqa: Y015
 
