@@ -76,6 +76,18 @@ class Sockets:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainGrpc:
+    """A bare gRPC stream."""
+
+    name: str = "plain gRPC, 1"
+
+    def move(self, stage: Stage) -> Sample:
+        if stage.link.limit is not None:
+            raise NotHereError("not here: a link with a limit, for which it takes root")
+        return plain.move(stage.link, stage.source_ram, stage.destination_ram, 1, "benchmarks.plain_grpc")
+
+
+@dataclass(frozen=True, slots=True)
 class Iperf3:
     """iperf3."""
 
@@ -155,7 +167,7 @@ class Scene:
 
 
 LOOPBACK_ROWS: Sequence[Row] = (
-    *(Sockets(1), Sockets(2), Sockets(4), Iperf3(1), Iperf3(2)),
+    *(Sockets(1), Sockets(2), Sockets(4), PlainGrpc(), Iperf3(1), Iperf3(2)),
     *(DEFAULT, _multifd(2), _multifd(4), _multifd(2, 1), _multifd(4, 1), XBZRLE),
     Ours("--verify off"),
     Ours("--verify off --lanes 2"),
@@ -180,7 +192,12 @@ LINK_ROWS: Sequence[Row] = (
 LINK_REFERENCES = (DEFAULT, _multifd(2, 1), _multifd(4, 1))
 SCENES = {
     "loopback": Scene(
-        "loopback, incompressible", None, False, 2 * GIB, LOOPBACK_ROWS, (DEFAULT, _multifd(2), _multifd(4), Sockets(2))
+        "loopback, incompressible",
+        None,
+        False,
+        2 * GIB,
+        LOOPBACK_ROWS,
+        (DEFAULT, _multifd(2), _multifd(4), Sockets(2), PlainGrpc()),
     ),
     "loopback-files": Scene("loopback, real files", None, True, 2 * GIB, LOOPBACK_ROWS, LINK_REFERENCES),
     "link-10G": Scene("10 Gbit/s, real files", 10e9 / 8, True, 2 * GIB, LINK_ROWS, LINK_REFERENCES),

@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ from benchmarks.link import Link
 from benchmarks.ram_file import clear, differing_pages
 from benchmarks.samples import Sample
 
-__all__ = ["has_iperf3", "move", "move_by_iperf3"]
+__all__ = ["has_iperf3", "mapped", "move", "move_by_iperf3"]
 
 PIECE = 4 << 20
 IPERF3_PORT = 5201
 START_S = 10.0
 
 
-def move(link: Link, source_ram: Path, destination_ram: Path, streams: int) -> Sample:
-    """Send a file over as many sockets, each its share of it; OSError if it does not arrive."""
+def move(link: Link, source_ram: Path, destination_ram: Path, streams: int, module: str = __name__) -> Sample:
+    """Send a file over as many streams, each its share of it; OSError if it does not arrive.
+
+    `module` is the program at both ends.
+    """
     clear(destination_ram, source_ram.stat().st_size)
-    us = [sys.executable, "-m", "benchmarks.plain"]
+    us = [sys.executable, "-m", module]
     receiving = [*link.destination.prefix, *us, "receive", str(destination_ram), str(streams), link.destination.address]
     with subprocess.Popen(receiving, stdout=subprocess.PIPE, text=True) as receiver:
         try:
@@ -43,20 +47,28 @@ def move(link: Link, source_ram: Path, destination_ram: Path, streams: int) -> S
         finally:
             receiver.kill()
     if sent.returncode or not received:
-        raise OSError("plain sockets: an end has failed")
+        raise OSError(f"{module}: an end has failed")
     if differing := differing_pages(source_ram, destination_ram):
-        raise OSError(f"plain sockets: {differing} pages differ at the destination")
+        raise OSError(f"{module}: {differing} pages differ at the destination")
     size = source_ram.stat().st_size
     source, destination = json.loads(sent.stdout), json.loads(received)
     return Sample(size, source["seconds"], size, source["cpu_s"], destination["cpu_s"])
 
 
+@contextmanager
+def mapped(path: str) -> Iterator[memoryview]:
+    """Map a file, all of it touched."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        memory.madvise(23)  # MADV_POPULATE_WRITE
+        with memoryview(memory) as view:
+            yield view
+
+
 def _end(role: str, path: str, streams: int, address: str) -> None:
     host, _, port = address.partition(":")
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:  # beside a mapping of it
-        memory.madvise(23)  # MADV_POPULATE_WRITE
+    with mapped(path) as memory:
         share = len(memory) // streams
-        views = [memoryview(memory)[index * share : (index + 1) * share] for index in range(streams)]
+        views = [memory[index * share : (index + 1) * share] for index in range(streams)]
         if role == "receive":
             with socket.create_server((host, 0), backlog=streams) as server:
                 print(server.getsockname()[1], flush=True)
