@@ -19,6 +19,7 @@ from console.options import Tls, parse_address, parse_directory, parse_names, pa
 __all__ = ["destination", "host", "source"]
 
 DEFAULT_LISTEN = "127.0.0.1:7700"
+DEFAULT_MAX_RECONNECT = "300s"
 
 Listen = Annotated[
     str,
@@ -153,7 +154,7 @@ def destination(
     log_format: LogAs = LogFormat.CONSOLE,
     metrics: MetricsAt = None,
     on_sigterm: AtTheEnd = OnSigterm.ABORT,
-    max_reconnect: MaxReconnect = "300s",  # type: ignore[assignment]  # typer parses a default too
+    max_reconnect: MaxReconnect = DEFAULT_MAX_RECONNECT,  # type: ignore[assignment]  # typer parses a default too
 ) -> int:
     """Run the daemon that machines arrive at."""
     from common.host.network import Network
@@ -187,7 +188,7 @@ def host(
     log_format: LogAs = LogFormat.CONSOLE,
     metrics: MetricsAt = None,
     on_sigterm: AtTheEnd = OnSigterm.ABORT,
-    max_reconnect: MaxReconnect = "300s",  # type: ignore[assignment]  # typer parses a default too
+    max_reconnect: MaxReconnect = DEFAULT_MAX_RECONNECT,  # type: ignore[assignment]  # typer parses a default too
 ) -> int:
     """Run both daemons in one: machines arrive and leave."""
     from common.host.network import Network

@@ -45,8 +45,8 @@ from destination.tcp_lane import receive_batches
 __all__ = ["Arrival"]
 
 IDLE_SECONDS = 30.0
-# Longer than its source waits for it (source/clock.py).
-GUEST_GAP_SECONDS = 2.0
+# The guest's clock ticks as soon as it runs, on a host that has the time for it.
+GAP_PAUSE_SECONDS, MAX_GAP_PAUSE_SECONDS = 0.005, 0.25
 WATCH_SECONDS = 1.0
 STREAM_SECONDS = 5.0
 # So long a source may read its RAM before it asks for the deferred verdict.
@@ -389,13 +389,14 @@ class Arrival:
         finally:
             self._host.end_migration()
         self._host.events.publish(self.session_id, machine_state="paused" if self._paused else "running")
-        deadline = time.monotonic() + GUEST_GAP_SECONDS
+        deadline, pause = time.monotonic() + IDLE_SECONDS, GAP_PAUSE_SECONDS
         while self._has_clock and not self._paused and self.guest_gap_us is None and time.monotonic() < deadline:
             try:
                 self.guest_gap_us = self._machine.guest_gap_us(self._run)
             except (ClosedError, RequestError):
                 return
-            time.sleep(0.005)
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_GAP_PAUSE_SECONDS)
 
     def revoke(self, why: str, reason: str = "WRONG_STATE") -> None:
         """Decide that the machine will not run here; without effect if that was decided already.

@@ -56,7 +56,6 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         self._max_reconnect_s = max_reconnect_s
         self._lane_listen = lane_listen
         self._arrival: Arrival | None = None
-        self._begun_by: frozenset[str] = frozenset()
         self._lock = threading.Lock()
 
     def Prepare(
@@ -93,13 +92,17 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
                 grpc.StatusCode.FAILED_PRECONDITION, "OLD_INCARNATION", "a later incarnation was here already"
             )
         waiting = self._arrival
-        its_source = caller(context) == self._begun_by
-        if waiting is not None and waiting.is_waiting and waiting.machine_uuid == request.machine_uuid and its_source:
+        if (
+            waiting is not None
+            and waiting.is_waiting
+            and waiting.machine_uuid == request.machine_uuid
+            and caller(context) == self._host.begun_by(waiting.session_id)
+        ):
             waiting.lose("its source has begun anew")
         self._host.begin_migration(request.session_id)
         enter_session(request.session_id)
         try:
-            self._host.decide(request.session_id, OPEN)
+            self._host.decide(request.session_id, OPEN, caller(context))
             self._host.set_aside()
         except BaseException:
             self._host.end_migration()
@@ -110,7 +113,6 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             if self._arrival is not None:
                 self._arrival.close()
             self._arrival = arrival = Arrival(self._host, request, self._lane_listen, reconnect_s)
-            self._begun_by = caller(context)
         prepared = arrival.prepare(request)
         if not context.is_active():
             # It has cancelled, or has gone, while the machine was built: it will not come back for this session.
@@ -185,8 +187,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             raise RefusalError(
                 grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no machine is here that such a session brought"
             )
-        if self._arrival is not None and self._arrival.session_id == request.session_id:
-            self._require_its_source(context)
+        self._require_its_source(request.session_id, context)
         _log.error("machine halted by its source", session=request.session_id, reason=request.reason)
         self._host.require_machine().pause()
         self._host.events.publish(request.session_id, machine_state="paused")
@@ -213,10 +214,14 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     def Resolve(
         self, request: migration_pb2.ResolveRequest, context: grpc.ServicerContext
     ) -> migration_pb2.ResolveResponse:
-        """Decide: what is not committed by now is revoked, on disk, before it is answered."""
+        """Decide: what is not committed by now is revoked, on disk, before it is answered.
+
+        What never came is nothing to note: whoever asks could else keep sessions from coming.
+        """
         arrival = self._arrival
         if arrival is not None and arrival.session_id == request.session_id:
-            self._require_its_source(context)
+            if arrival.state in (handover.PREPARING, handover.READY):  # else nothing is left to be changed
+                self._require_its_source(request.session_id, context)
             enter_session(request.session_id)
             try:
                 arrival.revoke("the source asked for a decision")
@@ -226,14 +231,16 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         _check_session_id(request.session_id)
         decision = self._host.decision(request.session_id)
         if decision is None:
-            self._host.decide(request.session_id, decision := REVOKED)
+            if not self._host.is_new(request.session_id):
+                self._host.decide(request.session_id, REVOKED)
+            decision = REVOKED
         return migration_pb2.ResolveResponse(state=_DECIDED[decision])
 
     def Abort(self, request: migration_pb2.AbortRequest, context: grpc.ServicerContext) -> migration_pb2.AbortResponse:
         """End the session."""
         arrival = self._arrival
         if arrival is not None and arrival.session_id == request.session_id:
-            self._require_its_source(context)
+            self._require_its_source(request.session_id, context)
             enter_session(request.session_id)
             try:
                 arrival.revoke(request.reason)
@@ -248,14 +255,14 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         arrival = self._arrival
         if arrival is None or arrival.session_id != session_id:
             raise RefusalError(grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no such session is known here")
-        self._require_its_source(context)
+        self._require_its_source(session_id, context)
         enter_session(session_id)
         return arrival
 
-    def _require_its_source(self, context: grpc.ServicerContext) -> None:
-        """Refuse whoever has another certificate than the one that has begun the session."""
+    def _require_its_source(self, session_id: str, context: grpc.ServicerContext) -> None:
+        """Refuse whoever has other names than who has begun the session, if it is one that came here."""
         names = caller(context)
-        if names != self._begun_by:
+        if names != self._host.begun_by(session_id):
             who = ", ".join(sorted(names)) or "a caller without a name"
             raise RefusalError(grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED", f"{who} has not begun this session")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import grpc
 from switchover.v1 import migration_pb2
@@ -58,7 +58,7 @@ class GrpcLane:
         """Number batches and send them."""
         self._stream.send_all(self._messages(batches, sent))
 
-    def _messages(self, batches: Iterator[PageBatch], sent: OnSent) -> Iterator[bytes]:
+    def _messages(self, batches: Iterator[PageBatch], sent: OnSent) -> Generator[bytes]:
         for batch in batches:
             batch.sequence = self._stream.next_sequence()
             message = serialize(batch)

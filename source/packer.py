@@ -81,7 +81,7 @@ class Packer:
         self._refers = packing
         if not packing and self._fixed is not NONE:
             self._fixed = LZ4
-        self._tuner = Tuner(workers=workers, lanes=lanes)
+        self._tuner = Tuner(workers=workers, lanes=lanes) if self._fixed is None else None  # nothing to decide
         self._workers = workers
         self._ahead = max(workers // lanes, 1) + 1
         self._looks_left = FIRST_LOOKS if self._fixed is None else 0
@@ -112,13 +112,12 @@ class Packer:
             if not batch.more:
                 asked_at, unasked = now, 0
             yield batch
-            if batch.payload_pages == self._units[lane]:
+            if batch.payload_pages >= self._unit_pages[0]:
                 self._units[lane] = next_unit(batch.payload_pages, time.monotonic() - now, self._unit_pages)
 
     def _batches(
         self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]
     ) -> Iterator[PageBatch]:
-
         def unit() -> int:
             return self._units[lane]
 
@@ -153,7 +152,7 @@ class Packer:
                 # What is packed is large, and its ack tells how fast the link is, as that of a look does.
                 batch.more = not look
                 yield from self._hand_over(batch)
-                if look:
+                if look and self._tuner is not None:
                     self._looks_left -= 1
                     drain()
                     self._tuner.look_first()
@@ -165,7 +164,8 @@ class Packer:
         began = time.thread_time()
         if not size or not pack(batch, method):
             return batch, NONE
-        self._tuner.packed(method, size, batch.payload_bytes, time.thread_time() - began)
+        if self._tuner is not None:
+            self._tuner.packed(method, size, batch.payload_bytes, time.thread_time() - began)
         return batch, method
 
     def _finish(self, packing: deque[Future[tuple[PageBatch, Method]]], left: int) -> Iterator[PageBatch]:
@@ -173,6 +173,9 @@ class Packer:
             yield from self._hand_over(*packing.popleft().result())
 
     def _hand_over(self, batch: PageBatch, method: Method = NONE) -> Iterator[PageBatch]:
+        if self._tuner is None:
+            yield batch
+            return
         self._tuner.sending(batch.pages, batch.payload_pages * PAGE_SIZE, method)
         began = time.monotonic()
         yield batch
@@ -180,13 +183,16 @@ class Packer:
 
     def applied(self, pages: int, size: int) -> None:
         """Note an ack."""
-        if self._fixed is None:
+        if self._tuner is not None:
             self._tuner.applied(pages, size)
 
     @property
     def method(self) -> Method:
         """How the next batch is packed."""
-        return self._fixed or self._tuner.method
+        if self._tuner is not None:
+            return self._tuner.method
+        assert self._fixed is not None
+        return self._fixed
 
     def close(self) -> None:
         """End the threads; what they pack is not waited for."""

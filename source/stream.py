@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
@@ -22,7 +21,6 @@ from common.rpc.errors import peer_error
 __all__ = ["Ack", "AckedStream"]
 
 QUEUED_REQUESTS = 4
-CLOSE_SECONDS = 0.001
 
 
 class Ack(Protocol):
@@ -101,30 +99,19 @@ class AckedStream(Generic[Request, Response]):
                 self._queue.put(requests, timeout=0.1)
                 return
 
-    def send_all(self, requests: Iterator[Request]) -> None:
+    def send_all(self, requests: Generator[Request]) -> None:
         """Hand over many, which gRPC's thread takes out of `requests`; return when it has taken all.
 
         If that fails, in `requests` or in the stream, nothing more is taken out of them when this raises.
         """
-        taken = threading.Event()
-        handing_over = self._hand_over(requests, taken)
+        handed_over = _HandedOver(requests, self._changed, self.interrupt)
         try:
-            self._put(handing_over)
+            self._put(handed_over)
             with self._changed:
-                self._changed.wait_for(lambda: self._failure is not None or taken.is_set())
+                self._changed.wait_for(lambda: self._failure is not None or handed_over.all_taken)
             self.check()
         finally:
-            _close(handing_over)
-
-    def _hand_over(self, requests: Iterator[Request], taken: threading.Event) -> Generator[Request]:
-        try:
-            yield from requests
-        except Exception as error:  # noqa: BLE001  # raised by `send_all`: gRPC would log it, and tell nobody
-            self.interrupt(error)
-        else:
-            with self._changed:
-                taken.set()
-                self._changed.notify_all()
+            handed_over.close()
 
     def check(self) -> None:
         """Raise what has ended the stream, if anything has."""
@@ -158,12 +145,37 @@ class AckedStream(Generic[Request, Response]):
         self._acks.join()
 
 
-def _close(generator: Generator[object]) -> None:
-    """Close a generator that another thread may be running: it is let go until its next request."""
-    while True:
-        try:
-            generator.close()
-        except ValueError:  # it runs
-            time.sleep(CLOSE_SECONDS)
-        else:
-            return
+class _HandedOver(Generic[Request]):
+    """Requests that gRPC's thread takes, until they are taken back."""
+
+    def __init__(
+        self, requests: Generator[Request], changed: threading.Condition, on_failure: Callable[[Exception], None]
+    ) -> None:
+        self._requests = requests
+        self._changed = changed
+        self._on_failure = on_failure
+        self._taking = threading.Lock()
+        self._closed = False
+        self.all_taken = False
+
+    def __iter__(self) -> Iterator[Request]:
+        return self
+
+    def __next__(self) -> Request:
+        with self._taking:
+            if not self._closed:
+                try:
+                    return next(self._requests)
+                except StopIteration:
+                    with self._changed:
+                        self.all_taken = True
+                        self._changed.notify_all()
+                except Exception as error:  # noqa: BLE001  # gRPC would log it, and tell nobody
+                    self._on_failure(error)
+            raise StopIteration
+
+    def close(self) -> None:
+        """Take them back; whoever is just being given one gets that."""
+        with self._taking:
+            self._closed = True
+            self._requests.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import threading
@@ -109,14 +110,15 @@ class Host:
         """Remove what a machine process left."""
         shutil.rmtree(self.directory / "run" / session_id, ignore_errors=True)
 
-    def decide(self, session_id: str, decision: str) -> None:
-        """Make it durable how a session that came here ended; OPEN: it has come.
+    def decide(self, session_id: str, decision: str, begun_by: frozenset[str] | None = None) -> None:
+        """Make it durable how a session that came here ended; OPEN: it has come, from who has these names.
 
         For as long as this host exists, but for REVOKED ones of more than `MAX_DECISIONS` sessions ago.
         """
         directory = self.directory / "decisions"
         directory.mkdir(exist_ok=True, mode=0o700)
-        record.write_durably(directory / session_id, decision)
+        names = self.begun_by(session_id) if begun_by is None else begun_by
+        record.write_durably(directory / session_id, f"{decision}\n{json.dumps(sorted(names))}\n")
         with os.scandir(directory) as entries, suppress(FileNotFoundError):  # another thread is here too
             kept = sorted((entry.stat().st_mtime_ns, entry.name) for entry in entries)
             if len(kept) > MAX_DECISIONS:
@@ -133,11 +135,19 @@ class Host:
         """Return whether a session has never come here."""
         return is_new(self.record(), session_id, self._noted(session_id))
 
+    def begun_by(self, session_id: str) -> frozenset[str]:
+        """Return the names, in a certificate, of who has begun a session; none without TLS, or if it never came."""
+        _, _, names = self._note(session_id).partition("\n")
+        return frozenset(json.loads(names or "[]"))
+
     def _noted(self, session_id: str) -> str | None:
+        return self._note(session_id).partition("\n")[0] or None
+
+    def _note(self, session_id: str) -> str:
         try:
             return (self.directory / "decisions" / session_id).read_text()
         except FileNotFoundError:
-            return None
+            return ""
 
     def open_machine(self, spec: MachineSpec | None) -> str:
         """Find the machine that runs here, or start the one described; return a sentence that says which.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from common.log_format import LogFormat
+from common.rpc.versions import MAX_RECONNECT_SECONDS
 
 __all__ = ["AS_USUAL", "OnSigterm", "Operation"]
 
@@ -26,7 +27,7 @@ class Operation:
 
     log_format: LogFormat | None = None
     on_sigterm: OnSigterm = OnSigterm.ABORT
-    max_reconnect_s: float = 300.0
+    max_reconnect_s: float = MAX_RECONNECT_SECONDS
 
 
 AS_USUAL = Operation()

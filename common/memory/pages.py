@@ -196,19 +196,22 @@ def encode(
         pages = runs.expand(window)
         zero = _zero_pages(ram, pages)
         filled = np.flatnonzero(~zero)
-        none_zero = filled.size == pages.size
         begin = full = 0
         while begin < pages.size:
             # A batch ends where the next page with a payload would be too many; zero pages go with the batch before.
             copy = copied() if copied is not None else 0
             unit = copy or unit_pages()
-            if unit > MAX_UNIT_PAGES and not (none_zero and _pieces(pages[begin : begin + unit]) <= _MAX_PARTS):
+            if unit > MAX_UNIT_PAGES and (
+                zero[begin : begin + unit].any() or _pieces(pages[begin : begin + unit]) > _MAX_PARTS
+            ):
                 unit = MAX_UNIT_PAGES
             full += unit
             end = int(filled[full]) if full < filled.size else pages.size
+            if unit > MAX_UNIT_PAGES:
+                end = min(end, begin + unit)  # zero pages behind it would make it one that is not plain
             covered = places = runs.from_pages(pages[begin:end])
             bits = bytes((end - begin + 7) // 8)
-            if not none_zero:
+            if zero[begin:end].any():
                 bits = to_bits(zero[begin:end])
                 places = runs.from_pages(pages[begin:end][~zero[begin:end]])
             batch = _batch(round, covered, bits)
@@ -311,11 +314,15 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
     if batch.equal_to.size != batch.equal_pages or (batch.equal_to >= pages_in_ram).any():
         raise ValueError("a batch has pages that equal none, or one outside RAM")
     full = batch.payload_pages
-    plain = full == pages and not batch.delta and batch.encoding == Encoding.RAW and first.size <= _MAX_PARTS
-    most = MAX_PLAIN_PAGES if plain else MAX_UNIT_PAGES
+    most = MAX_PLAIN_PAGES if full == pages and _goes_as_it_comes(batch, first.size) else MAX_UNIT_PAGES
     if full + batch.equal_pages > most:
         raise ValueError(f"a batch has {full + batch.equal_pages} pages to be written, more than {most}")
     check_packed(batch.encoding, batch.payload_bytes, full * PAGE_SIZE)
+
+
+def _goes_as_it_comes(batch: PageBatch, places: int) -> bool:
+    """Return whether a batch's payload may go into RAM piece by piece, without a copy that is looked at before."""
+    return batch.encoding == Encoding.RAW and not batch.delta and places <= _MAX_PARTS
 
 
 def _check_bits(batch: PageBatch, pages: int) -> None:
@@ -399,7 +406,7 @@ class Applier:
     def _payload(self, batch: PageBatch, places: Runs, receive: Receive | None) -> Block | None:
         """Return the pages of a payload, received and unpacked; None if `receive` is to put them into RAM itself."""
         if receive is not None:
-            if batch.encoding == Encoding.RAW and not batch.delta and places[0].size <= _MAX_PARTS:
+            if _goes_as_it_comes(batch, places[0].size):
                 return None
             receive([memoryview(part) for part in batch.payload])
         size = runs.total(places) * PAGE_SIZE

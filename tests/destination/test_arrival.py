@@ -21,6 +21,7 @@ from switchover.v1 import migration_pb2 as pb
 
 from common.host.host import Host
 from common.host.ownership import COMMITTED as DECIDED_COMMITTED
+from common.host.ownership import OPEN
 from common.host.ownership import REVOKED as DECIDED_REVOKED
 from common.ipc.channel import ClosedError, RequestError
 from common.machine import record
@@ -168,7 +169,9 @@ class Rig:
         self.launches += 1
         return self.machine
 
-    def prepare(self, *, waited: bool = True, **changes: Any) -> pb.PrepareResponse:
+    def prepare(
+        self, *, waited: bool = True, caller: grpc.ServicerContext | None = None, **changes: Any
+    ) -> pb.PrepareResponse:
         members: dict[str, Any] = {
             "session_id": SESSION,
             "protocol_version": 1,
@@ -179,7 +182,7 @@ class Rig:
             "verify": pb.VERIFY_MODE_OFF,
             "lane_kind": self.lane_kind,
         }
-        context = self.context(active=waited)
+        context = caller or self.context(active=waited)
         self.answer = self.servicer.Prepare(pb.PrepareRequest(**members | changes), context)
         return self.answer
 
@@ -682,11 +685,20 @@ def test_a_destination_may_wait_less_than_it_is_asked_to(rig: Rig) -> None:
     assert rig.prepare(session_id="another", **RECONNECTS | {"reconnect_s": 3.0}).reconnect_s == 3.0
 
 
+def _stranger(**metadata: str) -> grpc.ServicerContext:
+    pairs = tuple({"session-id": SESSION, **metadata}.items())
+    given = SimpleNamespace(**vars(STRANGER), invocation_metadata=lambda: pairs, is_active=lambda: True)
+    return cast("grpc.ServicerContext", given)
+
+
 CALLS: dict[str, Callable[[MigrationServicer], object]] = {
     "Reconnect": lambda servicer: servicer.Reconnect(pb.ReconnectRequest(session_id=SESSION, generation=1), STRANGER),
     "Finish": lambda servicer: servicer.Finish(pb.FinishRequest(session_id=SESSION), STRANGER),
     "Verify": lambda servicer: servicer.Verify(pb.VerifyRequest(session_id=SESSION), STRANGER),
     "Commit": lambda servicer: servicer.Commit(pb.CommitRequest(session_id=SESSION), STRANGER),
+    "SendPages": lambda servicer: list(servicer.SendPages(iter([b""]), _stranger(lane="0"))),
+    "SendDeviceState": lambda servicer: list(servicer.SendDeviceState(iter([]), _stranger(device="nic0"))),
+    "SendMappings": lambda servicer: list(servicer.SendMappings(iter([]), _stranger())),
     "Resolve": lambda servicer: servicer.Resolve(pb.ResolveRequest(session_id=SESSION), STRANGER),
     "Abort": lambda servicer: servicer.Abort(pb.AbortRequest(session_id=SESSION), STRANGER),
 }
@@ -698,6 +710,20 @@ def test_a_session_is_of_the_certificate_that_has_begun_it(rig: Rig, call: str) 
     assert refused(lambda: CALLS[call](rig.servicer)) == "NOT_ALLOWED: other has not begun this session"
     assert rig.state() == READY
     assert rig.commit().state == RUNNING
+
+
+def test_who_has_lost_his_name_learns_all_the_same_what_was_decided(rig: Rig) -> None:
+    """A certificate that was made anew, with other names, must not leave its host undecided."""
+    rig.ready()
+    rig.commit()
+    rig.settled()
+    assert rig.servicer.Resolve(pb.ResolveRequest(session_id=SESSION), STRANGER).state == RUNNING
+
+
+def test_what_never_came_is_not_kept_from_coming(rig: Rig) -> None:
+    assert rig.servicer.Resolve(pb.ResolveRequest(session_id=SESSION), STRANGER).state == REVOKED
+    rig.prepare()
+    assert rig.state() == PREPARING
 
 
 @pytest.mark.parametrize("changes", [{}, {"reconnect_s": 30.0}, {"features": [versions.RECONNECT]}])
@@ -822,7 +848,9 @@ def test_a_session_that_waits_makes_way_for_the_next_of_its_machine(rig: Rig) ->
     strange: dict[str, Any] = {"session_id": "strange", "machine_uuid": other, "machine_json": to_json(spec)}
     assert refused(lambda: rig.prepare(**strange)).startswith("MIGRATION_RUNS")
     assert rig.state() == PREPARING
-    rig.prepare(session_id="another")
+    assert refused(lambda: rig.prepare(session_id="another", caller=STRANGER)).startswith("MIGRATION_RUNS")
+    assert rig.state() == PREPARING
+    rig.prepare(session_id="other")
     assert rig.state() == REVOKED and rig.launches == 2
 
 
@@ -1022,6 +1050,7 @@ def test_a_machine_that_is_not_what_it_was_is_halted(rig: Rig) -> None:
     assert refused(lambda: halt(context=STRANGER)).startswith("NOT_ALLOWED")
     halt()
     rig.servicer._arrival = None  # as after a new start
+    assert refused(lambda: halt(context=STRANGER)).startswith("NOT_ALLOWED")
     halt()
     assert rig.machine.did("pause") == [("pause",)] * 2
 
@@ -1171,8 +1200,9 @@ def test_resolve_after_commit_is_the_same_answer_every_time(rig: Rig) -> None:
     assert not rig.machine.did("shutdown")
 
 
-def test_resolve_of_a_session_that_nobody_knows_revokes_it(rig: Rig) -> None:
-    """Its Prepare or its COMMIT may still be on the way."""
+def test_resolve_of_a_session_that_nobody_remembers_revokes_it(rig: Rig) -> None:
+    """Its COMMIT may still be on the way."""
+    rig.host.decide(SESSION, OPEN)
     assert rig.resolve() == REVOKED
     assert rig.host.decision(SESSION) == DECIDED_REVOKED
     assert refused(rig.prepare).startswith("SESSION_ENDED")

@@ -180,6 +180,11 @@ def test_a_batch_is_long_where_it_is_plain(source: GuestRam, target: GuestRam) -
     assert sizes(runs.from_pages(np.flatnonzero(np.arange(PAGES) % 16))) == [MAX_UNIT_PAGES, 896]
     source.pages[5] = 0
     assert sizes(everything(source)) == [MAX_UNIT_PAGES, PAGES - 1 - MAX_UNIT_PAGES]
+    # Only zeros in the batch itself do, and those behind it go with the next one.
+    source.pages[5] = 1
+    source.pages[PAGES - 3 :] = 0
+    batches = encode(source, *everything(source), round=0, unit_pages=lambda: PAGES - 3)
+    assert [(batch.pages, batch.zero_pages) for batch in batches] == [(PAGES - 3, 0), (3, 3)]
 
 
 def test_a_plain_batch_has_a_limit_too() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +160,7 @@ def test_many_are_taken_by_the_thread_that_sends_them(opened: Callable[..., Open
     stream, destination = opened()
     threads: list[str] = []
 
-    def requests() -> Iterator[int]:
+    def requests() -> Generator[int]:
         for _ in range(100):
             threads.append(threading.current_thread().name)
             yield stream.next_sequence()
@@ -174,7 +174,7 @@ def test_many_are_taken_by_the_thread_that_sends_them(opened: Callable[..., Open
 def test_a_failure_among_many_is_raised_and_ends_the_stream(opened: Callable[..., Opened]) -> None:
     stream, destination = opened()
 
-    def requests() -> Iterator[int]:
+    def requests() -> Generator[int]:
         yield stream.next_sequence()
         raise OSError(12, "no memory")
 
@@ -190,7 +190,7 @@ def test_nothing_is_taken_any_more_when_many_have_failed(opened: Callable[..., O
     inside, go_on = threading.Event(), threading.Event()
     taken: list[int] = []
 
-    def requests() -> Iterator[int]:
+    def requests() -> Generator[int]:
         for number in range(3):
             taken.append(number)
             inside.set()
@@ -210,7 +210,7 @@ def test_nothing_is_taken_any_more_when_many_have_failed(opened: Callable[..., O
 
 def test_many_that_nobody_takes_are_given_up_with_the_stream(opened: Callable[..., Opened]) -> None:
     stream, _ = opened(reads=False)
-    sending = Background(lambda: stream.send_all(iter([1, 2])))
+    sending = Background(lambda: stream.send_all(number for number in (1, 2)))
     assert sending.waits()
     stream.interrupt(ConnectionError("enough"))
     assert sending.ended() and str(sending.failure) == "enough"
