@@ -9,7 +9,6 @@ the codec waiting has shown what it carries.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.memory.compression import METHODS, Method
@@ -17,9 +16,9 @@ from common.memory.compression import METHODS, Method
 __all__ = ["Link", "Speed", "choose", "next_link", "pace"]
 
 # Better by less than this is not worth a change.
-HYSTERESIS = 1.08
+HYSTERESIS = 1.05
 # Within this of the best the one that takes the least CPU is as good.
-AS_GOOD = 0.97
+AS_GOOD = 0.985
 # A link that waited may be faster.
 OPTIMISM = 1.05
 # How much a new measurement counts.
@@ -61,29 +60,23 @@ def pace(method: Method, link: float, speed: Speed, *, cores: float, lanes: int)
     return min(link / speed.share, speed.rate * cores, method.unpack_rate * lanes)
 
 
-def choose(current: Method, link: float, seen: Mapping[Method, Speed], *, cores: float, lanes: int) -> Method:
+def choose(current: Method, link: float, last: tuple[Method, Speed] | None, *, cores: float, lanes: int) -> Method:
     """Return the method for what comes next, with so many cores that have nothing else to do.
 
-    What was not `seen` lately is taken to differ from the nearest that was as it did when the table was measured.
+    `last` is what was packed last. The others are taken to differ from it as they did when the table was measured: what
+    they have shown themselves they have shown with other pages, some of which are three times as small as others.
     """
-    paces = [pace(method, link, _expected(method, seen), cores=cores, lanes=lanes) for method in METHODS]
+    paces = [pace(method, link, _expected(method, last), cores=cores, lanes=lanes) for method in METHODS]
     best = max(paces)
     if paces[METHODS.index(current)] * HYSTERESIS >= best:
         return current
     return next(method for method, rate in zip(METHODS, paces, strict=True) if rate >= AS_GOOD * best)
 
 
-def _expected(method: Method, seen: Mapping[Method, Speed]) -> Speed:
-    if method in seen:
-        return seen[method]
-    known = _nearest(method, list(seen))
-    if known is None:
+def _expected(method: Method, last: tuple[Method, Speed] | None) -> Speed:
+    if last is None:
         return Speed(method.share, method.rate)
+    known, speed = last
     # Shares go together as powers do: what leaves all of the pages does so with every method.
-    power = math.log(seen[known].share) / math.log(known.share)
-    return Speed(method.share**power, method.rate * seen[known].rate / known.rate)
-
-
-def _nearest(method: Method, known: Sequence[Method]) -> Method | None:
-    position = METHODS.index(method)
-    return min(known, key=lambda other: abs(METHODS.index(other) - position), default=None)
+    power = math.log(speed.share) / math.log(known.share)
+    return Speed(method.share**power, method.rate * speed.rate / known.rate)

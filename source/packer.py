@@ -37,8 +37,8 @@ ACK_BYTES, ACK_SECONDS = 8 << 20, 0.05
 # The code of both ends is out of the processor's caches after each batch, so batches grow while the link is fast; where
 # it is slow they stay small, for an ack tells how far it has come.
 QUICK_SECONDS, SLOW_SECONDS = 0.01, 0.04
-# So many small batches go first, one at a time, to see how fast the link is.
-FIRST_LOOKS, FIRST_LOOK_PAGES = 3, 64
+# Batches of so many pages go first, one at a time, to see how fast the link is: another one as long as it seems fast.
+FIRST_LOOKS = (64, 256, 1024)
 
 FIXED = {
     host_pb2.COMPRESSION_OFF: NONE,
@@ -84,7 +84,7 @@ class Packer:
         self._tuner = Tuner(workers=workers, lanes=lanes) if self._fixed is None else None  # nothing to decide
         self._workers = workers
         self._ahead = max(workers // lanes, 1) + 1
-        self._looks_left = FIRST_LOOKS if self._fixed is None else 0
+        self._looks = list(FIRST_LOOKS) if self._fixed is None else []
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
 
     def _nothing_sent(self) -> SentPages:
@@ -133,8 +133,8 @@ class Packer:
 
         def copied() -> int:
             nonlocal method
-            if self._looks_left > 0:
-                return FIRST_LOOK_PAGES
+            if looks := self._looks:  # of all lanes
+                return looks[0]
             method = self.method
             return 0 if method is NONE else min(method.unit_pages, most)
 
@@ -148,14 +148,13 @@ class Packer:
             else:
                 sent.forget(batch)
                 yield from self._finish(packing, 0)
-                look = self._looks_left > 0 and bool(batch.payload)
+                look = bool(self._looks and batch.payload)
                 # What is packed is large, and its ack tells how fast the link is, as that of a look does.
                 batch.more = not look
                 yield from self._hand_over(batch)
                 if look and self._tuner is not None:
-                    self._looks_left -= 1
                     drain()
-                    self._tuner.look_first()
+                    self._looks = self._looks[1:] if self._tuner.look_first() else []
         yield from self._finish(packing, 0)
 
     def _pack(self, batch: PageBatch, method: Method) -> tuple[PageBatch, Method]:

@@ -19,8 +19,6 @@ __all__ = ["Tuner"]
 LOOK_SECONDS, LOOK_ACKS, LOOK_BYTES = 0.05, 4, 1 << 20
 # A link that seems to carry more than this at first, in bytes per second, is looked at again before anything is packed.
 FAST_LINK = 200e6
-# What a method has shown is forgotten after this long, and it is tried again.
-MEMORY_SECONDS = 5.0
 # How much a new measurement counts.
 WEIGHT = 0.5
 # Where no core is idle packing gets its share all the same.
@@ -52,7 +50,7 @@ class Tuner:
         self._was_idle = idle()
         self._cores = float(workers)
         self._lock = threading.Lock()
-        self._seen: dict[Method, tuple[Speed, float]] = {}
+        self._last: tuple[Method, Speed] | None = None
         self._link: float | None = None
         self._under_way = 0
         self._busy_since = 0.0
@@ -64,16 +62,21 @@ class Tuner:
         self._busy = self._held_up = self._packing = self._unpacking = 0.0
         self._acks = self._acked_bytes = 0
 
-    def look_first(self) -> None:
-        """Decide for the first time: what was sent alone, and has arrived, shows how fast the link is at least."""
+    def look_first(self) -> bool:
+        """Decide for the first time: what was sent alone, and has arrived, shows how fast the link is.
+
+        Return whether it seems fast, which so little may not show: a burst of it may be lent.
+        """
         with self._lock:
             now = self._clock()
             self._count_busy(now)
+            fast = False
             if self._busy > 0:
-                self._link = max(self._link or 0.0, self._acked_bytes / self._busy)
-                # So little does not show how fast a fast link is.
-                self.method = NONE if self._link > FAST_LINK else self._choose(now)
+                self._link = self._acked_bytes / self._busy
+                fast = self._link > FAST_LINK
+                self.method = NONE if fast else self._choose(now)
             self._forget_counts()
+            return fast
 
     def _count_busy(self, now: float) -> None:
         if self._under_way:
@@ -85,14 +88,14 @@ class Tuner:
         speed = Speed(packed_size / size, size / max(seconds, 1e-9))
         with self._lock:
             self._packing += seconds
-            if method in self._seen:
-                before = self._seen[method][0]
+            if self._last is not None and self._last[0] is method:
+                before = self._last[1]
                 speed = Speed(
                     before.share + WEIGHT * (speed.share - before.share),
                     # Rates are averaged as the times that they stand for.
                     1 / (1 / before.rate + WEIGHT * (1 / speed.rate - 1 / before.rate)),
                 )
-            self._seen[method] = speed, self._clock()
+            self._last = method, speed
 
     def held_up(self, seconds: float) -> None:
         """Note how long the link has held a lane up."""
@@ -138,7 +141,5 @@ class Tuner:
             cores = (idle - self._was_idle + self._packing) / elapsed
             self._cores += WEIGHT * (min(max(cores, FEWEST_CORES), self._workers) - self._cores)
         self._was_idle = idle
-        self._seen = {method: entry for method, entry in self._seen.items() if now - entry[1] < MEMORY_SECONDS}
-        speeds = {method: speed for method, (speed, _) in self._seen.items()}
         assert self._link is not None
-        return choose(self.method, self._link, speeds, cores=self._cores, lanes=self._lanes)
+        return choose(self.method, self._link, self._last, cores=self._cores, lanes=self._lanes)

@@ -10,7 +10,7 @@ import pytest
 from common.memory.compression import LZ4, METHODS, NONE, Method
 from common.memory.layout import PAGE_SIZE
 from source.compression import Link, Speed, choose, next_link
-from source.packer import FIRST_LOOK_PAGES, FIRST_LOOKS
+from source.packer import FIRST_LOOKS
 from source.tuner import Tuner
 
 MBIT, GBIT = 1e6 / 8, 1e9 / 8
@@ -20,7 +20,7 @@ NAMED = {method.name: method for method in METHODS}
 
 
 def alone(link: float, cores: float = 2, current: Method = METHODS[2]) -> str:
-    return choose(current, link, {}, cores=cores, lanes=1).name
+    return choose(current, link, None, cores=cores, lanes=1).name
 
 
 def test_a_faster_link_is_given_less_compression() -> None:
@@ -37,22 +37,22 @@ def test_more_cores_are_given_more_compression() -> None:
 
 
 def test_what_hardly_differs_is_left_as_it_is() -> None:
-    # At 1 Gbit/s the table makes it 492, 510 and 500 MB/s.
-    for current in METHODS[2:5]:
-        assert choose(current, GBIT, {}, cores=2, lanes=1) is current
-    assert choose(LZ4, GBIT, {}, cores=2, lanes=1) is METHODS[3]
+    # At 1 Gbit/s the table makes it 380, 395 and 358 MB/s.
+    for current in METHODS[2:4]:
+        assert choose(current, GBIT, None, cores=2, lanes=1) is current
+    for current in (LZ4, METHODS[4]):
+        assert choose(current, GBIT, None, cores=2, lanes=1) is METHODS[3]
 
 
 def test_what_cannot_be_compressed_is_sent_as_it_is() -> None:
-    seen = {METHODS[-1]: Speed(1.0, 20e6)}
-    assert choose(METHODS[-1], GBIT, seen, cores=2, lanes=1) is NONE
+    assert choose(METHODS[-1], GBIT, (METHODS[-1], Speed(1.0, 20e6)), cores=2, lanes=1) is NONE
 
 
 def test_what_was_not_tried_differs_as_the_table_says() -> None:
-    slow = {LZ4: Speed(LZ4.share, LZ4.rate / 10)}
+    slow = LZ4, Speed(LZ4.share, LZ4.rate / 10)
     assert choose(NONE, GBIT, slow, cores=2, lanes=1) is NONE
     # What lz4 hardly makes smaller zstd does not either.
-    assert choose(LZ4, GBIT, {LZ4: Speed(0.99, LZ4.rate)}, cores=2, lanes=1) is LZ4
+    assert choose(LZ4, GBIT, (LZ4, Speed(0.99, LZ4.rate)), cores=2, lanes=1) is LZ4
 
 
 def test_a_link_that_waits_may_be_faster_and_one_that_holds_up_is_as_it_is() -> None:
@@ -116,12 +116,13 @@ class Host:
             if isinstance(tuner, Tuner):
                 tuner.held_up(self.now - began)
 
-        for _ in range(FIRST_LOOKS if isinstance(tuner, Tuner) else 0):
-            pages = FIRST_LOOK_PAGES * PAGE_SIZE
+        for look in FIRST_LOOKS if isinstance(tuner, Tuner) else ():
+            pages = look * PAGE_SIZE
             send(self.now, pages, pages)
             left -= pages
             tell(acks[0][0])
-            tuner.look_first()
+            if not tuner.look_first():
+                break
         for _ in itertools.count():
             if left <= 0:
                 break
@@ -176,7 +177,7 @@ def test_it_follows_a_link_that_changes() -> None:
     tuned = host(GBIT)
     tuner = Tuner(workers=2, lanes=1, clock=lambda: tuned.now, idle=tuned.idle)
     for link, expected in (
-        (100 * MBIT, {"zstd-5", "zstd-6"}),
+        (100 * MBIT, {"zstd-6", "zstd-7"}),
         (40 * GBIT, {"none"}),
         (GBIT, {"zstd-1", "zstd-2", "zstd-3"}),
     ):
