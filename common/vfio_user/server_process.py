@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -27,14 +28,17 @@ class ServerProcess:
 
     def __init__(self, command: Sequence[str], before_exec: Callable[[], None] | None = None) -> None:
         """Start it; OSError if that cannot be done. `before_exec` is called in the new process."""
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            preexec_fn=before_exec,
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                preexec_fn=before_exec,
+            )
+        except subprocess.SubprocessError as error:  # it has died before it was the command
+            raise OSError(errno.ECHILD, str(error)) from error
         self.pid = self._process.pid
         self._output = b""
         self._status = 0

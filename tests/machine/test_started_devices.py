@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from common.machine.device_config import Attachment, DeviceSpec
 from common.machine.device_process import StartedDevice, connect, start
+from common.vfio_user.server_process import ServerProcess
 
 
 def foreign(command: str = "", socket: str = "") -> DeviceSpec:
@@ -111,3 +113,8 @@ def test_it_ends_with_whoever_has_started_it(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, check=False)
     wait_for(lambda: not is_alive(int(done.stdout)))
+
+
+def test_a_process_that_never_becomes_the_command() -> None:
+    with pytest.raises(OSError, match="preexec_fn"):
+        ServerProcess(["true"], before_exec=lambda: os.chdir("/nowhere"))
