@@ -11,7 +11,7 @@ import typer
 from common.host.operation import OnSigterm, Operation
 from common.log_format import LOG_FORMAT, LogFormat
 from common.machine.attachments import read_attachments
-from common.machine.device_config import Attachment
+from common.machine.device_config import DEVICE_KINDS, Attachment
 from console.errors import CommandError
 from console.exit_codes import ExitCode
 from console.options import Tls, parse_address, parse_directory, parse_names, parse_patience
@@ -105,7 +105,13 @@ AtTheEnd = Annotated[
 
 
 def _kinds(devices: str | None) -> dict[str, list[str]]:
-    return {} if devices is None else {"device_kinds": [kind for kind in devices.split(",") if kind]}
+    if devices is None:
+        return {}
+    kinds = [kind for kind in devices.split(",") if kind]
+    if unknown := sorted(set(kinds) - set(DEVICE_KINDS)):
+        known = ", ".join(DEVICE_KINDS)
+        raise CommandError(f"no such kind of device: {', '.join(unknown)}; there are: {known}", ExitCode.USAGE)
+    return {"device_kinds": kinds}
 
 
 def _attachments(sockets: list[str] | None, file: Path | None) -> dict[str, Attachment]:

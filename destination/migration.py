@@ -503,7 +503,11 @@ class Arrival:
         """Note that a stream has lost its source, which may come back if that was agreed."""
         if not self._reconnect_s:
             self.lose(why)
-        elif generation == self._streams.generation and not self._broken:
+        elif (
+            generation == self._streams.generation
+            and not self._broken
+            and self.state in (handover.PREPARING, handover.READY)
+        ):
             _log.info("stream lost", generation=generation, reason=why, waits_s=self._reconnect_s)
             self._broken = True
 

@@ -254,7 +254,11 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     def _of(self, session_id: str, context: grpc.ServicerContext) -> Arrival:
         arrival = self._arrival
         if arrival is None or arrival.session_id != session_id:
-            raise RefusalError(grpc.StatusCode.NOT_FOUND, "NO_SESSION", "no such session is known here")
+            _check_session_id(session_id)
+            what = "no such session is known here"
+            if arrival is None and not self._host.is_new(session_id):
+                what = "the destination was started anew: what had come is gone, and the next migration begins anew"
+            raise RefusalError(grpc.StatusCode.NOT_FOUND, "NO_SESSION", what)
         self._require_its_source(session_id, context)
         enter_session(session_id)
         return arrival

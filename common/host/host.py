@@ -64,8 +64,6 @@ class Host:
         `device_kinds` are the emulated devices that machines which come here may have, `attachments` say by device
         where somebody else's are found.
         """
-        if unknown := set(device_kinds) - set(DEVICE_KINDS):
-            raise HostError(f"no such device: {', '.join(sorted(unknown))}; there are: {', '.join(DEVICE_KINDS)}")
         self.role = role
         self.device_kinds = frozenset(device_kinds)
         self.attachments = dict(attachments or {})
@@ -314,11 +312,18 @@ class Host:
         """Take a machine that has arrived."""
         self.machine = machine
 
+    @property
+    def gone_to(self) -> str:
+        """Where the machine that was here last has gone; empty: it has not."""
+        known = self.record()
+        return known.peer if known is not None and known.ownership in (Ownership.GONE, Ownership.RELEASED) else ""
+
     def require_machine(self) -> MachineClient:
         """Return the machine; refuse the call if there is none."""
         if self.machine is None:
+            went = f"; it went to {self.gone_to}" if self.gone_to else ""
             raise RefusalError(
-                grpc.StatusCode.FAILED_PRECONDITION, "NO_MACHINE", f"this {self.role} has no machine now"
+                grpc.StatusCode.FAILED_PRECONDITION, "NO_MACHINE", f"this {self.role} has no machine now{went}"
             )
         return self.machine
 

@@ -21,14 +21,13 @@ def look(host: Host) -> host_pb2.GetMachineResponse:
     """Describe a daemon and its machine."""
     machine = host.machine
     record = host.record()
-    gone = record is not None and record.ownership in (Ownership.GONE, Ownership.RELEASED)
     return host_pb2.GetMachineResponse(
         role=host.role,
         version=VERSION,
         machine=machine.describe() if machine is not None else None,
         session_id=host.session_id,
         migrating=host.migrating,
-        gone_to=record.peer if gone and record is not None and not host.migrating else "",
+        gone_to=host.gone_to if not host.migrating else "",
         ownership=record.ownership if record is not None else "",
         peer=record.peer if record is not None else "",
     )

@@ -49,6 +49,8 @@ MIGRATE = ("migrate", "--source", "a:1", "--destination", "b:1")
         (("migrate", "--source", "a:1", "--destination", "a:1"), "source and destination are both a:1"),
         ((*MIGRATE, "--frobnicate"), "no such option: --frobnicate"),
         (("host", "--listen", "7700"), '"7700" is not an address'),
+        (("host", "--devices", "nic,quantum"), "no such kind of device: quantum; there are: nic"),
+        (("destination", "--max-reconnect", "2h"), '"2h" is more than an hour'),
         (("device", "nic"), "missing option '--socket'"),
         (("device", "nix", "--socket", "s"), 'must be "nic", "nvme", "sample" or "accelerator", not "nix"'),
         (("device", "nic", "--socket", "s", "--knob", "rate"), '--knob "rate" is not KEY=VALUE'),

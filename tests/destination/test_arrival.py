@@ -1200,6 +1200,16 @@ def test_resolve_after_commit_is_the_same_answer_every_time(rig: Rig) -> None:
     assert not rig.machine.did("shutdown")
 
 
+def test_a_destination_that_was_started_anew_says_so(rig: Rig) -> None:
+    rig.prepare(**RECONNECTS)
+    arrival, rig.servicer._arrival = rig.servicer._arrival, None
+    lost = refused(lambda: reconnect(rig))
+    assert lost.startswith("NO_SESSION: the destination was started anew: what had come is gone")
+    unknown = refused(lambda: rig.commit(session_id="another"))
+    assert unknown == "NO_SESSION: no such session is known here"
+    rig.servicer._arrival = arrival
+
+
 def test_resolve_of_a_session_that_nobody_remembers_revokes_it(rig: Rig) -> None:
     """Its COMMIT may still be on the way."""
     rig.host.decide(SESSION, OPEN)
