@@ -254,9 +254,8 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
     def _of(self, session_id: str, context: grpc.ServicerContext) -> Arrival:
         arrival = self._arrival
         if arrival is None or arrival.session_id != session_id:
-            _check_session_id(session_id)
             what = "no such session is known here"
-            if arrival is None and not self._host.is_new(session_id):
+            if arrival is None and _is_session_id(session_id) and not self._host.is_new(session_id):
                 what = "the destination was started anew: what had come is gone, and the next migration begins anew"
             raise RefusalError(grpc.StatusCode.NOT_FOUND, "NO_SESSION", what)
         self._require_its_source(session_id, context)
@@ -315,8 +314,12 @@ def _parse(message: object) -> PageBatch:
         raise bad(f"page batch: {error}") from error
 
 
+def _is_session_id(session_id: str) -> bool:
+    return session_id.isascii() and session_id.isalnum() and len(session_id) <= 64
+
+
 def _check_session_id(session_id: str) -> None:
-    if not (session_id.isascii() and session_id.isalnum() and len(session_id) <= 64):
+    if not _is_session_id(session_id):
         raise bad("the session's name is not one")
 
 
