@@ -48,6 +48,11 @@ class Stage:
     hosts: OurHosts
 
 
+def _require_unlimited(link: Link) -> None:
+    if link.limit is not None:
+        raise NotHereError("not here: a link with a limit, for which it takes root")
+
+
 class Row(Protocol):
     """A mover and its options."""
 
@@ -70,8 +75,7 @@ class Sockets:
         return f"plain sockets, {self.streams}"
 
     def move(self, stage: Stage) -> Sample:
-        if stage.link.limit is not None:
-            raise NotHereError("not here: a link with a limit, for which it takes root")
+        _require_unlimited(stage.link)
         return plain.move(stage.link, stage.source_ram, stage.destination_ram, self.streams)
 
 
@@ -82,8 +86,7 @@ class PlainGrpc:
     name: str = "plain gRPC, 1"
 
     def move(self, stage: Stage) -> Sample:
-        if stage.link.limit is not None:
-            raise NotHereError("not here: a link with a limit, for which it takes root")
+        _require_unlimited(stage.link)
         return plain.move(stage.link, stage.source_ram, stage.destination_ram, 1, "benchmarks.plain_grpc")
 
 
@@ -100,8 +103,7 @@ class Iperf3:
     def move(self, stage: Stage) -> Sample:
         if not plain.has_iperf3():
             raise NotHereError("not here: iperf3")
-        if stage.link.limit is not None:
-            raise NotHereError("not here: a link with a limit, for which it takes root")
+        _require_unlimited(stage.link)
         return plain.move_by_iperf3(stage.link, stage.source_ram.stat().st_size, self.streams)
 
 

@@ -96,7 +96,7 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
             waiting is not None
             and waiting.is_waiting
             and waiting.machine_uuid == request.machine_uuid
-            and caller(context) == self._host.begun_by(waiting.session_id)
+            and self._is_its_source(waiting.session_id, context)
         ):
             waiting.lose("its source has begun anew")
         self._host.begin_migration(request.session_id)
@@ -262,11 +262,13 @@ class MigrationServicer(migration_pb2_grpc.MigrationServiceServicer):
         enter_session(session_id)
         return arrival
 
+    def _is_its_source(self, session_id: str, context: grpc.ServicerContext) -> bool:
+        return caller(context) == self._host.begun_by(session_id)
+
     def _require_its_source(self, session_id: str, context: grpc.ServicerContext) -> None:
         """Refuse whoever has other names than who has begun the session, if it is one that came here."""
-        names = caller(context)
-        if names != self._host.begun_by(session_id):
-            who = ", ".join(sorted(names)) or "a caller without a name"
+        if not self._is_its_source(session_id, context):
+            who = ", ".join(sorted(caller(context))) or "a caller without a name"
             raise RefusalError(grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED", f"{who} has not begun this session")
 
     def is_busy(self) -> bool:
