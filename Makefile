@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 PROTO := proto/switchover/v1/host.proto proto/switchover/v1/migration.proto
 
-.PHONY: help demo test test-matrix test-interop test-faults soak fuzz check proto proto-fresh mutation wheel bench clean
+.PHONY: help demo test test-matrix test-interop test-faults soak fuzz check lint proto proto-fresh mutation wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -60,12 +60,14 @@ soak: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	@$(BIN)/python tests/fuzz/fuzzing.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(DECODERS)
 
-check: $(VENV)/.installed-dev proto-fresh
+check: proto-fresh
+	$(MAKE) --no-print-directory lint wheel
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/buf lint proto
-	$(MAKE) --no-print-directory wheel
 
 proto: $(VENV)/.installed-dev
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \

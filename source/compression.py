@@ -2,8 +2,8 @@
 
 Packing, the link and unpacking are three stages side by side, and the slowest of them sets the pace. A method that
 leaves less of the pages makes the link faster and the codec slower; the best is where they meet. A link that had to
-wait for the codec may carry more than was seen of it, so it is believed to be a little faster each time; one that kept
-the codec waiting has shown what it carries.
+wait for the codec may carry more than was seen of it, so it is believed to be faster, by more each time in a row; one
+that kept the codec waiting has shown what it carries.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ __all__ = ["Link", "Speed", "choose", "next_link", "pace"]
 HYSTERESIS = 1.05
 # Within this of the best the one that takes the least CPU is as good.
 AS_GOOD = 0.985
-# A link that waited may be faster.
-OPTIMISM = 1.05
-# How much a new measurement counts.
-WEIGHT = 0.5
+# A link that waited may be faster: by so much, and each time that it does so again by so much more; but none is faster
+# than memory.
+OPTIMISM, MOST_TIMES = 1.02, 32
+FASTEST = 100e9
+# How much a new measurement counts; but a link that has held us up even once is not believed to carry much more.
+WEIGHT, MOST_DOUBT = 0.5, 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +48,17 @@ class Link:
     unpacking: float = 0.0
 
 
-def next_link(believed: float | None, seen: Link) -> float:
-    """Return the bytes per second that the link is believed to carry."""
+def next_link(believed: float | None, seen: Link, waited: int) -> tuple[float, int]:
+    """Return the bytes per second that the link is believed to carry, and how often it has waited in a row.
+
+    `waited` is how often it had before.
+    """
     if believed is None:
-        return seen.rate
+        return seen.rate, 0
     if seen.held_up >= 0.5 and seen.unpacking < 0.8:
-        return believed + WEIGHT * (seen.rate - believed)
-    return max(believed * OPTIMISM, seen.rate)
+        return min(believed + WEIGHT * (seen.rate - believed), MOST_DOUBT * seen.rate), 0
+    waited += 1
+    return min(max(believed * OPTIMISM ** min(waited, MOST_TIMES), seen.rate), FASTEST), waited
 
 
 def pace(method: Method, link: float, speed: Speed, *, cores: float, lanes: int) -> float:

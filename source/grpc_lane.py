@@ -71,9 +71,9 @@ class GrpcLane:
         """Wait until everything that was sent is applied."""
         self._stream.drain()
 
-    def settle(self, sequence: int) -> None:
-        """Note which batch was applied last."""
-        self._unacked.settle(sequence, self._stream.sequence)
+    def settle(self, sequence: int) -> int:
+        """Note which batch was applied last; return how many pages were lost."""
+        return self._unacked.settle(sequence, self._stream.sequence)
 
     def interrupt(self, failure: Exception) -> None:
         """Let every call fail with `failure`."""

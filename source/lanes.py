@@ -50,8 +50,11 @@ class PageLane(Protocol):
     def drain(self) -> None:
         """Wait until everything that was sent is in the destination's RAM."""
 
-    def settle(self, sequence: int) -> None:
-        """Note of a lane that was closed which batch was applied last; ConnectionError if that cannot be."""
+    def settle(self, sequence: int) -> int:
+        """Note of a lane that was closed which batch was applied last; return how many pages were sent and lost.
+
+        ConnectionError if that cannot be.
+        """
 
     def interrupt(self, failure: Exception) -> None:
         """Let every call fail with `failure`, those that wait too; the first one counts."""
@@ -92,14 +95,15 @@ class Unacked:
                 (np.concatenate(first).astype(np.int64), np.concatenate(pages).astype(np.int64)), sum(sizes)
             )
 
-    def settle(self, sequence: int, last: int) -> None:
+    def settle(self, sequence: int, last: int) -> int:
         """Note that of all batches up to `last` those up to `sequence` are applied, and the others never will be.
 
-        ConnectionError if that contradicts an ack, or what was sent.
+        Return how many pages those have. ConnectionError if that contradicts an ack, or what was sent.
         """
         if not min(self._batches, default=last + 1) - 1 <= sequence <= last:
             raise ConnectionError(f"the destination goes on behind batch {sequence} of {last}")
         self.applied(sequence)
+        return sum(int(pages.sum()) for _, pages, _ in self._batches.values())
 
 
 class _Sender:
@@ -150,14 +154,14 @@ class _Sender:
         while True:
             self.lane.close(abort=True)
             self._connection = self._link.restore(self._connection, failure)
-            self.lane.settle(self._connection.begins.lanes[self._number].applied_sequence)
-            self._packer.forget(self._number)
+            lost = self.lane.settle(self._connection.begins.lanes[self._number].applied_sequence)
             try:
                 self.lane = self._open(self._number, self._connection, self._applied)
                 self._link.check(self._connection)
             except PeerError as error:
                 failure = error
             else:
+                self._packer.forget(self._number, lost)
                 return
 
 

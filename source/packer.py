@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from switchover.v1 import host_pb2
 
 from common.memory import runs
-from common.memory.compression import LZ4, NONE, ZSTD, Method
+from common.memory.compression import LZ4, MAX_UNIT_PAGES, NONE, ZSTD, Encoding, Method
 from common.memory.layout import PAGE_SIZE
 from common.memory.pages import PageBatch, encode, pack
 from common.memory.ram import GuestRam
@@ -30,15 +30,17 @@ __all__ = ["Packer", "next_unit"]
 MAX_WORKERS = 4
 # Contents of pages that were sent more than once, for differences.
 CACHE_BYTES = 64 << 20
-# A small round is cut finer, so that every worker has some of it, but no finer than this.
+# What is left of a round is cut finer towards its end, so that every worker has some of it, but no finer than this.
 MIN_UNIT_PAGES = 64
 # An ack costs both ends more than a batch of 1 MiB does, so they are asked for after so much, or so long.
 ACK_BYTES, ACK_SECONDS = 8 << 20, 0.05
 # The code of both ends is out of the processor's caches after each batch, so batches grow while the link is fast; where
 # it is slow they stay small, for an ack tells how far it has come.
 QUICK_SECONDS, SLOW_SECONDS = 0.01, 0.04
-# Batches of so many pages go first, one at a time, to see how fast the link is: another one as long as it seems fast.
+# Batches of so many pages go first, one at a time, to see how fast the link is: another one if that was too little.
 FIRST_LOOKS = (64, 256, 1024)
+# The first that a lane packs in a round is so large, lest the link wait long, and each one half as large again.
+FIRST_UNIT_PAGES = 128
 
 FIXED = {
     host_pb2.COMPRESSION_OFF: NONE,
@@ -90,9 +92,11 @@ class Packer:
     def _nothing_sent(self) -> SentPages:
         return SentPages(self._ram.layout.pages, CACHE_BYTES // self._lanes)
 
-    def forget(self, lane: int) -> None:
-        """Believe no more that the other end has anything of what a lane has sent."""
+    def forget(self, lane: int, lost: int) -> None:
+        """Believe no more that the other end has anything of what a lane has sent; `lost` pages were on their way."""
         self._sent[lane] = self._nothing_sent()
+        if self._tuner is not None:
+            self._tuner.lost(lost)
 
     def batches(
         self, lane: int, pages: Runs, data: Runs, number: int, drain: Callable[[], None]
@@ -112,7 +116,7 @@ class Packer:
             if not batch.more:
                 asked_at, unasked = now, 0
             yield batch
-            if batch.payload_pages >= self._unit_pages[0]:
+            if batch.encoding == Encoding.RAW and batch.payload_pages >= self._unit_pages[0]:
                 self._units[lane] = next_unit(batch.payload_pages, time.monotonic() - now, self._unit_pages)
 
     def _batches(
@@ -129,18 +133,23 @@ class Packer:
             return
         method = NONE
         sent = self._sent[lane]
-        most = max(runs.total(runs.intersect(pages, data)) // (2 * self._workers), MIN_UNIT_PAGES)
+        left, packed_unit = runs.total(pages), FIRST_UNIT_PAGES
 
         def copied() -> int:
             nonlocal method
             if looks := self._looks:  # of all lanes
                 return looks[0]
             method = self.method
-            return 0 if method is NONE else min(method.unit_pages, most)
+            if method is NONE:
+                return 0
+            share = max(left // (2 * self._workers), MIN_UNIT_PAGES)
+            return min(method.unit_pages, packed_unit, share)
 
         packing: deque[Future[tuple[PageBatch, Method]]] = deque()
         for batch in encode(self._ram, *pages, round=number, data=data, copied=copied, unit_pages=unit):
+            left -= batch.pages
             if method is not NONE and batch.payload:
+                packed_unit = min(3 * packed_unit // 2, MAX_UNIT_PAGES)
                 if self._refers:
                     sent.reduce(batch)
                 packing.append(self._pool.submit(self._pack, batch, method))

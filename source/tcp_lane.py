@@ -124,9 +124,9 @@ class TcpLane:
         if self._failure is not None:
             raise self._failure
 
-    def settle(self, sequence: int) -> None:
-        """Note which batch was applied last."""
-        self._unacked.settle(sequence, self.sequence)
+    def settle(self, sequence: int) -> int:
+        """Note which batch was applied last; return how many pages were lost."""
+        return self._unacked.settle(sequence, self.sequence)
 
     def interrupt(self, failure: Exception) -> None:
         """Let every call fail with `failure`."""

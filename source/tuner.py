@@ -17,8 +17,10 @@ __all__ = ["Tuner"]
 
 # The link is looked at after this long, so many acks and so much.
 LOOK_SECONDS, LOOK_ACKS, LOOK_BYTES = 0.05, 4, 1 << 20
-# A link that seems to carry more than this at first, in bytes per second, is looked at again before anything is packed.
-FAST_LINK = 200e6
+# A link that seems to carry more than this at first, in bytes per second, is looked at again before anything is packed:
+# a burst of it may be lent. So is one of which less than so many seconds were seen: a thread that woke up late may be
+# most of them.
+FAST_LINK, SHORT_SECONDS = 200e6, 0.01
 # How much a new measurement counts.
 WEIGHT = 0.5
 # Where no core is idle packing gets its share all the same.
@@ -47,36 +49,38 @@ class Tuner:
         self._lanes = lanes
         self._clock = clock
         self._idle = idle
-        self._was_idle = idle()
         self._cores = float(workers)
         self._lock = threading.Lock()
         self._last: tuple[Method, Speed] | None = None
         self._link: float | None = None
+        self._waited = 0
         self._under_way = 0
-        self._busy_since = 0.0
-        self._looked_at = clock()
-        self._forget_counts()
+        self._begin(clock())
         self.method = METHODS[2]
 
-    def _forget_counts(self) -> None:
+    def _begin(self, now: float) -> None:
+        """Begin to measure."""
+        self._looked_at = self._busy_since = now
+        self._was_idle = self._idle()
         self._busy = self._held_up = self._packing = self._unpacking = 0.0
         self._acks = self._acked_bytes = 0
 
     def look_first(self) -> bool:
         """Decide for the first time: what was sent alone, and has arrived, shows how fast the link is.
 
-        Return whether it seems fast, which so little may not show: a burst of it may be lent.
+        Return whether that was too little to tell.
         """
         with self._lock:
             now = self._clock()
             self._count_busy(now)
-            fast = False
+            again = False
             if self._busy > 0:
                 self._link = self._acked_bytes / self._busy
                 fast = self._link > FAST_LINK
-                self.method = NONE if fast else self._choose(now)
-            self._forget_counts()
-            return fast
+                again = fast or self._busy < SHORT_SECONDS
+                self.method = NONE if fast else self._choose()
+            self._begin(now)
+            return again
 
     def _count_busy(self, now: float) -> None:
         if self._under_way:
@@ -123,23 +127,24 @@ class Tuner:
             if enough and now - self._looked_at >= LOOK_SECONDS:
                 self._look(now)
 
+    def lost(self, pages: int) -> None:
+        """Note that pages will not arrive, for their connection was lost: nothing of the time since is measured."""
+        with self._lock:
+            self._under_way -= pages
+            self._begin(self._clock())
+
     def _look(self, now: float) -> None:
         self._count_busy(now)
         if self._busy > 0:
             lane_seconds = self._busy * self._lanes
             seen = Link(self._acked_bytes / self._busy, self._held_up / lane_seconds, self._unpacking / lane_seconds)
-            self._link = next_link(self._link, seen)
-            self.method = self._choose(now)
-        self._looked_at = now
-        self._forget_counts()
-
-    def _choose(self, now: float) -> Method:
-        idle = self._idle()
-        elapsed = now - self._looked_at
-        if elapsed >= LOOK_SECONDS:
-            # What is idle now, and what packing itself has used.
-            cores = (idle - self._was_idle + self._packing) / elapsed
+            self._link, self._waited = next_link(self._link, seen, self._waited)
+            # What is idle, and what packing itself has used.
+            cores = (self._idle() - self._was_idle + self._packing) / (now - self._looked_at)
             self._cores += WEIGHT * (min(max(cores, FEWEST_CORES), self._workers) - self._cores)
-        self._was_idle = idle
+            self.method = self._choose()
+        self._begin(now)
+
+    def _choose(self) -> Method:
         assert self._link is not None
         return choose(self.method, self._link, self._last, cores=self._cores, lanes=self._lanes)

@@ -27,6 +27,7 @@ from common.memory.runs import Runs
 __all__ = [
     "MAX_PAGES",
     "MAX_PAYLOAD",
+    "MAX_PIECES",
     "MAX_PLAIN_PAGES",
     "MAX_RUNS",
     "Applier",
@@ -52,8 +53,13 @@ _WINDOW_PAGES = 1 << 14
 # The first word tells most pages that are not zero, one of each eighth nearly all others; so many pages fit a cache.
 _SAMPLE = 64
 _CACHED_PAGES = 256
-# From so many scattered pieces on, one gather (which releases the interpreter lock) beats slices.
-_MAX_PARTS = 64
+# A batch that is nothing but so few runs of whole pages is plain.
+_MAX_PLAIN_RUNS = 64
+# So many scattered pieces leave RAM, and come into it, each where it is (the kernel takes 1024 in one call); it takes
+# longer to cut more of them than to gather them.
+MAX_PIECES = 512
+# With more runs than this it takes longer to copy each into RAM than to scatter their pages.
+_FEW_RUNS = 64
 
 Numbers = npt.NDArray[np.int64]
 Block = npt.NDArray[np.uint8]
@@ -202,7 +208,7 @@ def encode(
             copy = copied() if copied is not None else 0
             unit = copy or unit_pages()
             if unit > MAX_UNIT_PAGES and (
-                zero[begin : begin + unit].any() or _pieces(pages[begin : begin + unit]) > _MAX_PARTS
+                zero[begin : begin + unit].any() or _pieces(pages[begin : begin + unit]) > _MAX_PLAIN_RUNS
             ):
                 unit = MAX_UNIT_PAGES
             full += unit
@@ -278,15 +284,20 @@ def _zero_pages(ram: GuestRam, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.b
 
 def _fill(batch: PageBatch, ram: GuestRam, places: Runs, *, copied: bool) -> None:
     """Give a batch its payload: the bytes of the pages in these places."""
-    first, count = places
+    first = places[0]
     if not first.size:
         return
-    if first.size <= _MAX_PARTS and not copied:
-        starts = (first * PAGE_SIZE).tolist()
-        ends = ((first + count) * PAGE_SIZE).tolist()
-        batch.payload = [ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
+    if first.size <= MAX_PIECES and not copied:
+        batch.payload = _pieces_of(ram, places)
     else:
         batch.payload = (np.take(ram.pages, runs.expand(places), axis=0, mode="clip").reshape(-1).data,)
+
+
+def _pieces_of(ram: GuestRam, places: Runs) -> list[memoryview]:
+    first, count = places
+    starts = (first * PAGE_SIZE).tolist()
+    ends = ((first + count) * PAGE_SIZE).tolist()
+    return [ram.view[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def check(batch: PageBatch, pages_in_ram: int) -> None:
@@ -314,7 +325,8 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
     if batch.equal_to.size != batch.equal_pages or (batch.equal_to >= pages_in_ram).any():
         raise ValueError("a batch has pages that equal none, or one outside RAM")
     full = batch.payload_pages
-    most = MAX_PLAIN_PAGES if full == pages and _goes_as_it_comes(batch, first.size) else MAX_UNIT_PAGES
+    plain = full == pages and batch.encoding == Encoding.RAW and not batch.delta and first.size <= _MAX_PLAIN_RUNS
+    most = MAX_PLAIN_PAGES if plain else MAX_UNIT_PAGES
     if full + batch.equal_pages > most:
         raise ValueError(f"a batch has {full + batch.equal_pages} pages to be written, more than {most}")
     check_packed(batch.encoding, batch.payload_bytes, full * PAGE_SIZE)
@@ -322,7 +334,7 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
 
 def _goes_as_it_comes(batch: PageBatch, places: int) -> bool:
     """Return whether a batch's payload may go into RAM piece by piece, without a copy that is looked at before."""
-    return batch.encoding == Encoding.RAW and not batch.delta and places <= _MAX_PARTS
+    return batch.encoding == Encoding.RAW and not batch.delta and places <= MAX_PIECES
 
 
 def _check_bits(batch: PageBatch, pages: int) -> None:
@@ -413,28 +425,23 @@ class Applier:
         return np.frombuffer(unpack(batch.encoding, _joined(batch.payload), size), np.uint8).reshape(-1, PAGE_SIZE)
 
     def _write(self, places: Runs, payload: Block | None, receive: Receive | None = None) -> None:
-        """Write pages to these places."""
-        if places[0].size > _MAX_PARTS:
-            assert payload is not None  # see `_payload`
-            numbers = runs.expand(places)
-            self._written[numbers] = True
-            self._ram.pages[numbers] = payload
-            self._changed(places)
+        """Write pages to these places: those of `payload`, or as `receive` brings them."""
+        first, count = places
+        if not first.size:
             return
-        spans = [
-            slice(first, first + count) for first, count in zip(places[0].tolist(), places[1].tolist(), strict=True)
-        ]
-        for span in spans:
-            self._written[span] = True
+        numbers = runs.expand(places)
+        self._written[numbers] = True
         try:
-            if payload is not None:
+            if payload is None:
+                assert receive is not None  # see `_payload`
+                receive(_pieces_of(self._ram, places))
+            elif first.size > _FEW_RUNS:
+                self._ram.pages[numbers] = payload
+            else:
                 done = 0
-                for span in spans:
-                    pages = span.stop - span.start
-                    self._ram.pages[span] = payload[done : done + pages]
+                for start, pages in zip(first.tolist(), count.tolist(), strict=True):
+                    self._ram.pages[start : start + pages] = payload[done : done + pages]
                     done += pages
-            elif spans and receive is not None:
-                receive([self._ram.view[span.start * PAGE_SIZE : span.stop * PAGE_SIZE] for span in spans])
         finally:
             self._changed(places)
 

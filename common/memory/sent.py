@@ -13,6 +13,10 @@ about; verification would find it.
 
 from __future__ import annotations
 
+import math
+import mmap
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -38,12 +42,13 @@ class SentPages:
 
     def __init__(self, pages: int, cache_bytes: int) -> None:
         """Of `pages` pages keep digests, and contents up to `cache_bytes`; memory is taken as it is needed."""
-        self._digests = np.zeros((pages, 2), np.uint64)
-        self._named = np.zeros(min(1 << (pages - 1).bit_length(), _MAX_NAMED), np.uint32)
+        self._digests: npt.NDArray[np.uint64] = _zeros((pages, 2), np.uint64)
+        self._named: npt.NDArray[np.uint32] = _zeros((min(1 << (pages - 1).bit_length(), _MAX_NAMED),), np.uint32)
         # Contents are a ring; what was sent longest ago makes room.
-        self._contents = np.zeros((max(cache_bytes // PAGE_SIZE, MAX_UNIT_PAGES), PAGE_SIZE), np.uint8)
+        self._contents: Block = _zeros((max(cache_bytes // PAGE_SIZE, MAX_UNIT_PAGES), PAGE_SIZE), np.uint8)
         self._owner = np.full(len(self._contents), -1, np.int64)
-        self._place = np.zeros(pages, np.uint32)  # of a page's contents, counted from 1; 0: they are not kept
+        # Of a page's contents, counted from 1; 0: they are not kept.
+        self._place: npt.NDArray[np.uint32] = _zeros((pages,), np.uint32)
         self._next = 0
         self._empty = True
 
@@ -108,11 +113,14 @@ class SentPages:
         self._place[numbers] = places + 1
 
 
+def _zeros(shape: tuple[int, ...], kind: type[np.generic]) -> npt.NDArray[Any]:
+    """Return zeros that take no memory until they are written to; what malloc has had before it would clear."""
+    memory = mmap.mmap(-1, math.prod(shape) * kind(0).nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, kind).reshape(shape)
+
+
 def _digests(block: Block) -> npt.NDArray[np.uint64]:
-    data = block.reshape(-1).data
-    digest = xxhash.xxh3_128_digest
-    joined = b"".join([digest(data[start : start + PAGE_SIZE]) for start in range(0, len(data), PAGE_SIZE)])
-    return np.frombuffer(joined, np.uint64).reshape(-1, 2)
+    return np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, block)), np.uint64).reshape(-1, 2)
 
 
 def _spread(found: Flags, zero: Flags) -> Flags:

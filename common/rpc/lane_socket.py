@@ -1,8 +1,9 @@
 """The socket of a TCP page lane, with or without TLS: whole buffers, from and into guest RAM.
 
-It blocks, so that the kernel moves a batch in one call with the interpreter unlocked; with TLS that call is one for
-each record. One thread sends and receives, others may only `shutdown` it: OpenSSL's connections are not for two threads
-at once. A peer that is gone is found by TCP itself, as by gRPC's pings (`common.rpc.channel`), within 9 s.
+It blocks, so that the kernel moves a batch in one call with the interpreter unlocked; with TLS it is a call for each
+part that is sent and for each record that is received. One thread sends and receives, others may only `shutdown` it:
+OpenSSL's connections are not for two threads at once. A peer that is gone is found by TCP itself, as by gRPC's pings
+(`common.rpc.channel`), within 9 s.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from typing import TypeVar
 
 from common.ipc.channel import Buffer
 
 __all__ = ["LaneSocket"]
 
+Received = TypeVar("Received", bytes, int)
+
 _IDLE_S, _INTERVAL_S, _PROBES = 5, 2, 2
 # Bytes that wait in the kernel to be sent. What is more is out of the processor's caches when it is sent: over loopback
 # that costs a fifth of the speed. What is on its way is not limited by it.
 _UNSENT = 128 << 10
+# With TLS a part is a record and a system call at least: more parts than this are put together.
+_FEW = 64
 _DEAD_MS = (_IDLE_S + _INTERVAL_S * _PROBES) * 1000
 
 
@@ -78,7 +84,7 @@ class LaneSocket:
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send all of the parts, which are not copied."""
         if isinstance(self._socket, ssl.SSLSocket):
-            for part in parts:
+            for part in parts if len(parts) <= _FEW else [b"".join(parts)]:
                 self._socket.sendall(part)
             return
         left = _after(parts, self._socket.sendmsg(parts))
@@ -87,15 +93,15 @@ class LaneSocket:
 
     def receive(self, parts: Sequence[memoryview]) -> None:
         """Fill all of the parts."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            for part in parts:
+                missing = part
+                while missing:
+                    missing = missing[_some(self._socket.recv_into(missing)) :]
+            return
         left = parts
         while left:
-            if isinstance(self._socket, ssl.SSLSocket):
-                count = self._socket.recv_into(left[0])
-            else:
-                count = self._socket.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
-            if not count:
-                raise ConnectionError("the connection was closed")
-            left = _after(left, count)
+            left = _after(left, _some(self._socket.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]))
 
     def receive_some(self, size: int) -> bytes:
         """Wait for bytes, and return what there is."""
@@ -118,10 +124,10 @@ class LaneSocket:
         self._socket.close()
 
 
-def _some(data: bytes) -> bytes:
-    if not data:
+def _some(received: Received) -> Received:
+    if not received:
         raise ConnectionError("the connection was closed")
-    return data
+    return received
 
 
 def _after(parts: Sequence[Buffer], done: int) -> list[memoryview]:

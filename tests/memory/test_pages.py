@@ -187,6 +187,29 @@ def test_a_batch_is_long_where_it_is_plain(source: GuestRam, target: GuestRam) -
     assert [(batch.pages, batch.zero_pages) for batch in batches] == [(PAGES - 3, 0), (3, 3)]
 
 
+@pytest.mark.parametrize("pieces", [65, codec.MAX_PIECES, codec.MAX_PIECES + 1])
+def test_scattered_pages_leave_ram_and_come_into_it_where_they_are_unless_they_are_too_many(
+    source: GuestRam, target: GuestRam, pieces: int
+) -> None:
+    source.pages[: 2 * pieces : 2] = (np.arange(pieces) % 251 + 1)[:, None]
+    (batch,) = encode(source, *runs.from_pages(np.arange(0, 2 * pieces, 2)), round=0)
+    assert len(batch.payload) == (pieces if pieces <= codec.MAX_PIECES else 1)
+    payload = b"".join(batch.payload)
+    buffers: list[int] = []
+
+    def receive(parts: Sequence[memoryview]) -> None:
+        done = 0
+        for part in parts:
+            buffers.append(len(part))
+            part[:] = payload[done : done + len(part)]
+            done += len(part)
+
+    batch.payload = (memoryview(bytearray(len(payload))),)
+    Applier(target).apply(batch, receive)
+    assert buffers == ([PAGE_SIZE] * pieces if pieces <= codec.MAX_PIECES else [pieces * PAGE_SIZE])
+    assert np.array_equal(source.pages, target.pages)
+
+
 def test_a_plain_batch_has_a_limit_too() -> None:
     most = codec.MAX_PLAIN_PAGES
     check(batch_of([0], [most], bytes(most // 8), bytes(most * PAGE_SIZE)), 1 << 28)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.memory import runs
+from common.memory.allocator import tune_allocator
 from common.memory.compression import MAX_UNIT_PAGES, METHODS, ZSTD, Method
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
 from common.memory.pages import Applier, PageBatch, encode, flags, pack
@@ -18,6 +20,27 @@ from common.rpc.page_batch import parse, serialize
 
 CHUNKS = 4
 PAGES = CHUNKS * CHUNK_PAGES
+
+
+def resident() -> int:
+    """Bytes of memory that this process has, files aside."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) << 10
+
+
+def test_memory_is_taken_as_it_is_needed() -> None:
+    tune_allocator()  # as daemons do: malloc clears what it has had before, and so takes it
+    pages = 1 << 22
+    held = [bytearray(8 << 20) for _ in range(4)]
+    before = resident()
+    del held
+    sent = SentPages(pages, 32 << 20)
+    sent._empty = False
+    covered = np.array([0], np.uint64), np.array([1 << 16], np.uint64)
+    for number in range(0, pages, 1 << 16):
+        covered[0][0] = number
+        sent.forget(PageBatch(0, 0, 1, *covered, bytes(1 << 13), ()))
+    assert resident() - before < 16 << 20
 
 
 class Lane:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -56,14 +57,30 @@ def test_what_was_not_tried_differs_as_the_table_says() -> None:
 
 
 def test_a_link_that_waits_may_be_faster_and_one_that_holds_up_is_as_it_is() -> None:
-    assert next_link(None, Link(100.0, 0.0)) == 100
-    assert next_link(100.0, Link(50.0, 0.0)) > 100
-    assert next_link(100.0, Link(300.0, 0.0)) == 300
-    assert 50 < next_link(100.0, Link(50.0, 1.0)) < 100
-    believed = 100.0
+    assert next_link(None, Link(100.0, 0.0), 0) == (100, 0)
+    assert next_link(100.0, Link(300.0, 0.0), 0) == (300, 1)
+    believed, waited = next_link(100.0, Link(50.0, 1.0), 7)
+    assert (50 < believed < 100) and not waited
     for _ in range(10):
-        believed = next_link(believed, Link(50.0, 1.0))
+        believed, waited = next_link(believed, Link(50.0, 1.0), waited)
     assert believed == pytest.approx(50, rel=0.01)
+    # What is far too much is not believed for long.
+    assert next_link(5000.0, Link(50.0, 1.0), 0)[0] == pytest.approx(52.5)
+
+
+def test_a_link_that_goes_on_waiting_is_believed_to_be_faster_and_faster() -> None:
+    steps = []
+    believed, waited = 100.0, 0
+    for _ in range(6):
+        before = believed
+        believed, waited = next_link(believed, Link(50.0, 0.0), waited)
+        steps.append(believed / before)
+    assert waited == 6 and 1 < steps[0] < 1.1
+    assert all(b == pytest.approx(a * steps[0]) for a, b in itertools.pairwise(steps))
+    assert next_link(100.0, Link(50.0, 0.0), 99)[0] < 500
+    for _ in range(3000):
+        believed, waited = next_link(believed, Link(50.0, 0.0), waited)
+    assert math.isfinite(believed) and next_link(believed, Link(50.0, 1.0), waited)[0] == pytest.approx(52.5)
 
 
 @dataclass
@@ -171,6 +188,45 @@ def test_it_is_about_as_fast_as_the_best_fixed_method(link: float, workers: int,
     tuned = host(link, workers=workers, speed=speed, power=power)
     tuner = Tuner(workers=workers, lanes=1, clock=lambda: tuned.now, idle=tuned.idle)
     assert tuned.run(size, tuner) <= 1.1 * best
+
+
+class Clock:
+    """A lane that sends a batch ten times a second and is held up for half of the time, as a tuner sees it."""
+
+    def __init__(self, busy_until: float = 0.0) -> None:
+        self.now = 0.0
+        self.tuner = Tuner(workers=2, lanes=1, clock=lambda: self.now, idle=lambda: 2 * max(self.now - busy_until, 0.0))
+
+    def send(self, rate: float, seconds: float) -> None:
+        for _ in range(round(seconds * 10)):
+            self.tuner.sending(256, 256 * PAGE_SIZE, NONE)
+            self.now += 0.05
+            self.tuner.held_up(0.05)
+            self.tuner.applied(256, int(rate / 20))
+            self.now += 0.05
+
+
+def test_what_cores_did_before_the_first_pages_says_nothing() -> None:
+    clock = Clock(busy_until=10.0)  # while it was set up
+    clock.now = 10.0
+    clock.tuner.sending(64, 64 * PAGE_SIZE, NONE)
+    clock.now += 64 * PAGE_SIZE / (100 * MBIT)
+    clock.tuner.applied(64, 64 * PAGE_SIZE)
+    assert not clock.tuner.look_first()
+    assert clock.tuner.method.name == alone(100 * MBIT)
+    clock.send(100 * MBIT, 1)
+    assert clock.tuner._cores == pytest.approx(2, rel=0.01)
+
+
+def test_what_an_outage_has_lost_is_not_under_way_any_more() -> None:
+    clock = Clock()
+    clock.send(10 * GBIT, 1)
+    clock.tuner.sending(256, 256 * PAGE_SIZE, NONE)
+    clock.now += 100
+    clock.tuner.lost(256)
+    for rate in (10 * GBIT, 100 * MBIT):
+        clock.send(rate, 2)
+        assert clock.tuner._link == pytest.approx(rate, rel=0.06)
 
 
 def test_it_follows_a_link_that_changes() -> None:

@@ -59,8 +59,8 @@ class Lane:
             raise self.failure
         self._unacked.applied(self.sequence)
 
-    def settle(self, sequence: int) -> None:
-        self._unacked.settle(sequence, self.sequence)
+    def settle(self, sequence: int) -> int:
+        return self._unacked.settle(sequence, self.sequence)
 
     def interrupt(self, failure: Exception) -> None:
         self.failure = self.failure or failure

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from switchover.v1 import host_pb2
 
+from common.memory import pages as codec
 from common.memory import runs
 from common.memory.compression import LZ4, MAX_UNIT_PAGES, ZSTD
 from common.memory.layout import CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE
@@ -120,26 +121,62 @@ def test_a_destination_that_knows_nothing_else_gets_whole_pages_in_lz4(
     assert np.array_equal(source.pages, target.pages)
 
 
-@pytest.mark.parametrize(("fast", "then"), [(0.0, Encoding.RAW), (float("inf"), Encoding.ZSTD)])
+@pytest.mark.parametrize(
+    ("fast", "short", "looks", "then"),
+    [
+        (0.0, 0.0, FIRST_LOOKS, Encoding.RAW),
+        (float("inf"), 0.0, FIRST_LOOKS[:1], Encoding.ZSTD),
+        (float("inf"), float("inf"), FIRST_LOOKS, Encoding.ZSTD),
+    ],
+    ids=["while it seems fast", "until it is known", "while they are short"],
+)
 def test_the_first_batches_go_as_they_are_to_see_how_fast_the_link_is(
     source: GuestRam,
     target: GuestRam,
     opened: Callable[..., Packer],
     monkeypatch: pytest.MonkeyPatch,
     fast: float,
+    short: float,
+    looks: tuple[int, ...],
     then: Encoding,
 ) -> None:
     monkeypatch.setattr(tuner_module, "FAST_LINK", fast)
+    monkeypatch.setattr(tuner_module, "SHORT_SECONDS", short)
     monkeypatch.setattr(tuner_module, "LOOK_SECONDS", 1000.0)
     monkeypatch.setattr(tuner_module, "choose", lambda *_, **__: ZSTD)
     packer = opened(host_pb2.COMPRESSION_AUTO)
     arrived = [batch for batch in send(packer, Applier(target), source, 0) if batch.payload]
-    looks = FIRST_LOOKS if then is Encoding.RAW else FIRST_LOOKS[:1]  # as long as it seems fast
     assert [batch.payload_pages for batch in arrived[: len(looks)]] == list(looks)
     assert {batch.encoding for batch in arrived[: len(looks)]} == {Encoding.RAW}
     assert {batch.encoding for batch in arrived[len(looks) :]} == {then}
     assert packer.method.name == ("none" if then is Encoding.RAW else ZSTD.name)
     assert np.array_equal(source.pages, target.pages)
+
+
+def test_what_is_packed_begins_and_ends_small(
+    source: GuestRam, opened: Callable[..., Packer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packer_module.os, "sched_getaffinity", lambda _: {0, 1})
+
+    def sizes_of_a_round() -> list[int]:
+        sizes = []
+        left = PAGES
+        for batch in opened(host_pb2.COMPRESSION_ZSTD).batches(0, ALL, source.data_runs(), 0, lambda: None):
+            assert batch.payload_pages <= max(left // 4, packer_module.MIN_UNIT_PAGES)
+            sizes += [batch.payload_pages] if batch.payload else []
+            left -= batch.pages
+        assert not left
+        return sizes
+
+    sizes = sizes_of_a_round()
+    largest = sizes.index(max(sizes))
+    assert sizes[: largest + 1] == [min(128 * 3**n // 2**n, MAX_UNIT_PAGES) for n in range(largest + 1)]
+    assert sizes[largest] == MAX_UNIT_PAGES and sorted(sizes[largest:], reverse=True) == sizes[largest:]
+    assert len(sizes[largest:]) > 4
+    # Zeros that are batches of their own count too.
+    monkeypatch.setattr(codec, "_WINDOW_PAGES", 1024)
+    source.words[512:8192] = 0
+    assert len(sizes_of_a_round()) > 4
 
 
 def test_only_so_much_is_packed_ahead(
