@@ -18,9 +18,9 @@ __all__ = ["Tuner"]
 # The link is looked at after this long, so many acks and so much.
 LOOK_SECONDS, LOOK_ACKS, LOOK_BYTES = 0.05, 4, 1 << 20
 # A link that seems to carry more than this at first, in bytes per second, is looked at again before anything is packed:
-# a burst of it may be lent. So is one of which less than so many seconds were seen: a thread that woke up late may be
-# most of them.
-FAST_LINK, SHORT_SECONDS = 200e6, 0.01
+# of a quick answer a thread that woke up late may be most, and a burst of the link may be lent. From the second of
+# these on nothing is packed at first.
+QUICK_LINK, FAST_LINK = 30e6, 200e6
 # How much a new measurement counts.
 WEIGHT = 0.5
 # Where no core is idle packing gets its share all the same.
@@ -76,9 +76,8 @@ class Tuner:
             again = False
             if self._busy > 0:
                 self._link = self._acked_bytes / self._busy
-                fast = self._link > FAST_LINK
-                again = fast or self._busy < SHORT_SECONDS
-                self.method = NONE if fast else self._choose()
+                again = self._link > QUICK_LINK
+                self.method = NONE if self._link > FAST_LINK else self._choose()
             self._begin(now)
             return again
 

@@ -122,26 +122,26 @@ def test_a_destination_that_knows_nothing_else_gets_whole_pages_in_lz4(
 
 
 @pytest.mark.parametrize(
-    ("fast", "short", "looks", "then"),
+    ("quick", "fast", "looks", "then"),
     [
         (0.0, 0.0, FIRST_LOOKS, Encoding.RAW),
-        (float("inf"), 0.0, FIRST_LOOKS[:1], Encoding.ZSTD),
-        (float("inf"), float("inf"), FIRST_LOOKS, Encoding.ZSTD),
+        (0.0, float("inf"), FIRST_LOOKS, Encoding.ZSTD),
+        (float("inf"), float("inf"), FIRST_LOOKS[:1], Encoding.ZSTD),
     ],
-    ids=["while it seems fast", "until it is known", "while they are short"],
+    ids=["it is fast", "it only seemed to be quick", "it is slow"],
 )
 def test_the_first_batches_go_as_they_are_to_see_how_fast_the_link_is(
     source: GuestRam,
     target: GuestRam,
     opened: Callable[..., Packer],
     monkeypatch: pytest.MonkeyPatch,
+    quick: float,
     fast: float,
-    short: float,
     looks: tuple[int, ...],
     then: Encoding,
 ) -> None:
     monkeypatch.setattr(tuner_module, "FAST_LINK", fast)
-    monkeypatch.setattr(tuner_module, "SHORT_SECONDS", short)
+    monkeypatch.setattr(tuner_module, "QUICK_LINK", quick)
     monkeypatch.setattr(tuner_module, "LOOK_SECONDS", 1000.0)
     monkeypatch.setattr(tuner_module, "choose", lambda *_, **__: ZSTD)
     packer = opened(host_pb2.COMPRESSION_AUTO)
