@@ -21,7 +21,7 @@ class Meter:
         self._lock = threading.Lock()
         self._recent = deque([(time.monotonic(), 0)])
         self._rounds: deque[tuple[float, int]] = deque(maxlen=64)
-        self._estimate = 0.0
+        self._estimate = self._least = 0.0
         self.total_bytes = 0
         self.round_pages = 0
 
@@ -48,8 +48,15 @@ class Meter:
             self._recent.popleft()
 
     def round_done(self, seconds: float, size: int) -> None:
-        """Count a round that sent `size` bytes of pages (before compression) in `seconds`."""
+        """Count a round that sent `size` bytes of pages (before compression) in `seconds`.
+
+        One that is neither long nor large has waited more than it has sent: it tells what the link carries at least,
+        and that is only believed while nothing better is known.
+        """
         with self._lock:
+            if seconds < ENOUGH_SECONDS and size < ENOUGH_BYTES:
+                self._least = max(self._least, size / seconds if seconds > 0 else 0.0)
+                return
             self._rounds.append((seconds, size))
             spent, sent = 0.0, 0
             for round_seconds, round_size in reversed(self._rounds):
@@ -63,7 +70,7 @@ class Meter:
     @property
     def bandwidth(self) -> float:
         """Bytes of pages per second, by the last rounds that were long enough to tell; 0: none has ended yet."""
-        return self._estimate
+        return self._estimate or self._least
 
     def current_bandwidth(self) -> float:
         """Bytes per second in the last second; where acks come more seldom than that, since the last one but one."""
