@@ -469,8 +469,9 @@ class Arrival:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it has lost its source, and waits for it."""
-        return self._broken and not self._streams
+        """Whether it waits for its source: for its first streams, or since it has lost them."""
+        first = bool(self._reconnect_s) and self._prepared and self.state == handover.PREPARING
+        return (self._broken or first) and not self._streams
 
     @contextmanager
     def streaming(self, name: str, generation: int, end: Callable[[], object]) -> Iterator[None]:

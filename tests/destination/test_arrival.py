@@ -841,7 +841,6 @@ def test_a_stream_that_is_refused_ends_the_session_all_the_same(rig: Rig) -> Non
 
 def test_a_session_that_waits_makes_way_for_the_next_of_its_machine(rig: Rig) -> None:
     rig.prepare(**RECONNECTS)
-    assert refused(lambda: rig.prepare(session_id="another")).startswith("MIGRATION_RUNS")
     lose(rig, serialize(batch(1)))
     other = UUID[:-1] + "2"
     spec = dataclasses.replace(SPEC, uuid=other)
@@ -850,8 +849,21 @@ def test_a_session_that_waits_makes_way_for_the_next_of_its_machine(rig: Rig) ->
     assert rig.state() == PREPARING
     assert refused(lambda: rig.prepare(session_id="another", caller=STRANGER)).startswith("MIGRATION_RUNS")
     assert rig.state() == PREPARING
-    rig.prepare(session_id="other")
+    rig.prepare(session_id="other", **RECONNECTS)
     assert rig.state() == REVOKED and rig.launches == 2
+
+
+def test_a_session_whose_streams_were_lost_before_they_came_makes_way_too(rig: Rig) -> None:
+    rig.prepare(**RECONNECTS)
+    assert refused(lambda: rig.prepare(session_id="another", caller=STRANGER)).startswith("MIGRATION_RUNS")
+    rig.prepare(session_id="other", **RECONNECTS)
+    assert rig.state() == REVOKED and rig.launches == 2
+    # But not one whose streams are open.
+    messages = iter([serialize(batch(1)), serialize(batch(2))])
+    acks = iter(rig.servicer.SendPages(messages, rig.context(lane="0", session_id="other")))
+    next(acks)
+    assert refused(lambda: rig.prepare(session_id="another")).startswith("MIGRATION_RUNS")
+    assert [ack.applied_sequence for ack in acks] == [2]
 
 
 def test_what_was_finished_is_answered_again(rig: Rig) -> None:
