@@ -3,7 +3,8 @@
 Packing, the link and unpacking are three stages side by side, and the slowest of them sets the pace. A method that
 leaves less of the pages makes the link faster and the codec slower; the best is where they meet. A link that had to
 wait for the codec may carry more than was seen of it, so it is believed to be faster, by more each time in a row; one
-that kept the codec waiting has shown what it carries.
+that kept the codec waiting has shown what it carries, unless no core was idle: then what sends was kept waiting for a
+core, and to compress more would make that worse.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from dataclasses import dataclass
 
 from common.memory.compression import METHODS, Method
 
-__all__ = ["Link", "Speed", "choose", "next_link", "pace"]
+__all__ = ["Belief", "Link", "Speed", "choose", "next_belief", "pace"]
 
 # Better by less than this is not worth a change.
 HYSTERESIS = 1.05
 # Within this of the best the one that takes the least CPU is as good.
 AS_GOOD = 0.985
-# A link that waited may be faster: by so much, and each time that it does so again by so much more; but none is faster
-# than memory.
-OPTIMISM, MOST_TIMES = 1.02, 32
-FASTEST = 100e9
+# A link that waited may be faster: by so much, and each time that it does so again by so much more; at most it is so
+# many times as fast as the best that was ever seen of it.
+OPTIMISM, MOST_TIMES, MOST_HOPE = 1.02, 32, 3.0
+# With fewer idle cores than this, what sends may have waited for a core.
+FEW_IDLE = 0.05
 # How much a new measurement counts; but a link that has held us up even once is not believed to carry much more.
 WEIGHT, MOST_DOUBT = 0.5, 1.05
 
@@ -39,26 +41,38 @@ class Speed:
 class Link:
     """What was seen of the link while anything was under way.
 
-    `rate` is bytes per second; `held_up` the share of the time in which we waited for it, and `unpacking` the share
-    that the other end is thought to have needed for unpacking.
+    `rate` is bytes per second; `held_up` the share of the time in which we waited for it, `unpacking` the share that
+    the other end is thought to have needed for unpacking, `idle` how many cores were idle.
     """
 
     rate: float
     held_up: float
+    idle: float
     unpacking: float = 0.0
 
 
-def next_link(believed: float | None, seen: Link, waited: int) -> tuple[float, int]:
-    """Return the bytes per second that the link is believed to carry, and how often it has waited in a row.
+@dataclass(frozen=True, slots=True)
+class Belief:
+    """What the link is believed to carry.
 
-    `waited` is how often it had before.
+    `rate` is bytes per second, `best` the most that was seen, `waited` how often in a row it seems to have waited.
     """
-    if believed is None:
-        return seen.rate, 0
-    if seen.held_up >= 0.5 and seen.unpacking < 0.8:
-        return min(believed + WEIGHT * (seen.rate - believed), MOST_DOUBT * seen.rate), 0
-    waited += 1
-    return min(max(believed * OPTIMISM ** min(waited, MOST_TIMES), seen.rate), FASTEST), waited
+
+    rate: float
+    best: float
+    waited: int = 0
+
+
+def next_belief(before: Belief | None, seen: Link) -> Belief:
+    """Return what the link is believed to carry after this was seen of it."""
+    if before is None:
+        return Belief(seen.rate, seen.rate)
+    best = max(before.best, seen.rate)
+    if seen.held_up >= 0.5 and seen.unpacking < 0.8 and seen.idle >= FEW_IDLE:
+        return Belief(min(before.rate + WEIGHT * (seen.rate - before.rate), MOST_DOUBT * seen.rate), best)
+    waited = before.waited + 1
+    hoped = min(before.rate * OPTIMISM ** min(waited, MOST_TIMES), MOST_HOPE * best)
+    return Belief(max(hoped, seen.rate), best, waited)
 
 
 def pace(method: Method, link: float, speed: Speed, *, cores: float, lanes: int) -> float:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from common.memory.compression import METHODS, NONE, Method
-from source.compression import Link, Speed, choose, next_link
+from source.compression import Belief, Link, Speed, choose, next_belief
 
 __all__ = ["Tuner"]
 
@@ -52,8 +52,7 @@ class Tuner:
         self._cores = float(workers)
         self._lock = threading.Lock()
         self._last: tuple[Method, Speed] | None = None
-        self._link: float | None = None
-        self._waited = 0
+        self._link: Belief | None = None
         self._under_way = 0
         self._begin(clock())
         self.method = METHODS[2]
@@ -75,9 +74,10 @@ class Tuner:
             self._count_busy(now)
             again = False
             if self._busy > 0:
-                self._link = self._acked_bytes / self._busy
-                again = self._link > QUICK_LINK
-                self.method = NONE if self._link > FAST_LINK else self._choose()
+                rate = self._acked_bytes / self._busy
+                self._link = Belief(rate, rate)
+                again = rate > QUICK_LINK
+                self.method = NONE if rate > FAST_LINK else self._choose()
             self._begin(now)
             return again
 
@@ -136,14 +136,20 @@ class Tuner:
         self._count_busy(now)
         if self._busy > 0:
             lane_seconds = self._busy * self._lanes
-            seen = Link(self._acked_bytes / self._busy, self._held_up / lane_seconds, self._unpacking / lane_seconds)
-            self._link, self._waited = next_link(self._link, seen, self._waited)
+            elapsed = now - self._looked_at
+            idle = (self._idle() - self._was_idle) / elapsed
+            self._link = next_belief(
+                self._link,
+                Link(
+                    self._acked_bytes / self._busy, self._held_up / lane_seconds, idle, self._unpacking / lane_seconds
+                ),
+            )
             # What is idle, and what packing itself has used.
-            cores = (self._idle() - self._was_idle + self._packing) / (now - self._looked_at)
+            cores = idle + self._packing / elapsed
             self._cores += WEIGHT * (min(max(cores, FEWEST_CORES), self._workers) - self._cores)
             self.method = self._choose()
         self._begin(now)
 
     def _choose(self) -> Method:
         assert self._link is not None
-        return choose(self.method, self._link, self._last, cores=self._cores, lanes=self._lanes)
+        return choose(self.method, self._link.rate, self._last, cores=self._cores, lanes=self._lanes)

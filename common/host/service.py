@@ -93,9 +93,7 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         """End the machine."""
         self.host.require_machine()
         with self.host.not_migrating():
-            record = self.host.record()
-            gone = record is not None and record.ownership is Ownership.GONE
-            self.host.release(Ownership.RELEASED if gone else Ownership.OFF)
+            self.host.release(Ownership.OFF)
         self.host.events.publish(machine_state="off")
         return host_pb2.StopMachineResponse()
 

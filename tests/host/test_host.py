@@ -232,7 +232,7 @@ def test_a_machine_that_is_there_is_held_and_left_as_it_is(
     before = host.record()
     assert host.open_machine(spec if described else None) == said
     assert machine.told == (["end"] if ownership is Ownership.OWNER else []) and host.record() == before
-    assert cast("FakeMachine", host.require_machine()) is machine
+    assert cast("FakeMachine", host.machine) is machine
 
 
 def test_a_machine_that_was_released_is_let_go(host: Host, spec: MachineSpec, machine: FakeMachine) -> None:
@@ -543,13 +543,16 @@ def test_an_operator_stops_a_machine_unless_a_migration_runs(host: Host, publish
     assert found is not None and found.ownership is Ownership.OFF
 
 
-def test_to_stop_a_machine_that_has_moved_does_not_switch_it_off(host: Host) -> None:
-    """It is the copy here that ends."""
-    host.adopt(cast("MachineClient", FakeMachine(host.run_directory("5e55"))))
+@pytest.mark.parametrize("call", ["StopMachine", "Pause", "Resume"])
+def test_the_copy_of_a_machine_that_has_moved_is_only_there_to_be_forgotten(host: Host, call: str) -> None:
+    machine = FakeMachine(host.run_directory("5e55"))
+    host.adopt(cast("MachineClient", machine))
     known(host, Ownership.GONE)
-    ask(HostServicer(host), "StopMachine")
+    with pytest.raises(RefusalError, match="it went to b:1, and its copy is kept here until switchover forget") as no:
+        ask(HostServicer(host), call)
     found = host.record()
-    assert found is not None and found.ownership is Ownership.RELEASED
+    assert no.value.reason == "NO_MACHINE" and found is not None and found.ownership is Ownership.GONE
+    assert cast("FakeMachine", host.machine) is machine and machine.told == []
 
 
 KEPT = [

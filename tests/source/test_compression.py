@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from common.memory.compression import LZ4, METHODS, NONE, Method
 from common.memory.layout import PAGE_SIZE
-from source.compression import Link, Speed, choose, next_link
+from source.compression import Belief, Link, Speed, choose, next_belief
 from source.packer import FIRST_LOOKS
 from source.tuner import Tuner
 
@@ -18,6 +17,8 @@ MBIT, GBIT = 1e6 / 8, 1e9 / 8
 MIB = 1 << 20
 QUEUED = 4
 NAMED = {method.name: method for method in METHODS}
+# What was seen of a link that waited for the codec, and of one that the codec waited for.
+WAITED, HELD_UP = Link(50, 0.0, 1.0), Link(50, 1.0, 1.0)
 
 
 def alone(link: float, cores: float = 2, current: Method = METHODS[2]) -> str:
@@ -57,30 +58,35 @@ def test_what_was_not_tried_differs_as_the_table_says() -> None:
 
 
 def test_a_link_that_waits_may_be_faster_and_one_that_holds_up_is_as_it_is() -> None:
-    assert next_link(None, Link(100.0, 0.0), 0) == (100, 0)
-    assert next_link(100.0, Link(300.0, 0.0), 0) == (300, 1)
-    believed, waited = next_link(100.0, Link(50.0, 1.0), 7)
-    assert (50 < believed < 100) and not waited
+    assert next_belief(None, WAITED) == Belief(50, 50)
+    assert next_belief(Belief(100, 100), replace(WAITED, rate=300)) == Belief(300, 300, 1)
+    belief = next_belief(Belief(100, 100, 7), HELD_UP)
+    assert 50 < belief.rate < 100 and not belief.waited
     for _ in range(10):
-        believed, waited = next_link(believed, Link(50.0, 1.0), waited)
-    assert believed == pytest.approx(50, rel=0.01)
+        belief = next_belief(belief, HELD_UP)
+    assert belief.rate == pytest.approx(50, rel=0.01)
     # What is far too much is not believed for long.
-    assert next_link(5000.0, Link(50.0, 1.0), 0)[0] == pytest.approx(52.5)
+    assert next_belief(Belief(5000, 5000), HELD_UP).rate == pytest.approx(52.5)
 
 
 def test_a_link_that_goes_on_waiting_is_believed_to_be_faster_and_faster() -> None:
     steps = []
-    believed, waited = 100.0, 0
+    belief = Belief(100, 1000)
     for _ in range(6):
-        before = believed
-        believed, waited = next_link(believed, Link(50.0, 0.0), waited)
-        steps.append(believed / before)
-    assert waited == 6 and 1 < steps[0] < 1.1
+        before = belief
+        belief = next_belief(before, WAITED)
+        steps.append(belief.rate / before.rate)
+    assert belief.waited == 6 and 1 < steps[0] < 1.1
     assert all(b == pytest.approx(a * steps[0]) for a, b in itertools.pairwise(steps))
-    assert next_link(100.0, Link(50.0, 0.0), 99)[0] < 500
+    assert next_belief(Belief(100, 1000, 99), WAITED).rate < 200
     for _ in range(3000):
-        believed, waited = next_link(believed, Link(50.0, 0.0), waited)
-    assert math.isfinite(believed) and next_link(believed, Link(50.0, 1.0), waited)[0] == pytest.approx(52.5)
+        belief = next_belief(belief, WAITED)
+    assert belief.rate == 3000  # thrice the best that was seen
+    assert next_belief(belief, HELD_UP).rate == pytest.approx(52.5)
+
+
+def test_what_has_waited_for_a_core_says_nothing_of_the_link() -> None:
+    assert next_belief(Belief(100, 100), replace(HELD_UP, idle=0.0)) == next_belief(Belief(100, 100), WAITED)
 
 
 @dataclass
@@ -226,7 +232,7 @@ def test_what_an_outage_has_lost_is_not_under_way_any_more() -> None:
     clock.tuner.lost(256)
     for rate in (10 * GBIT, 100 * MBIT):
         clock.send(rate, 2)
-        assert clock.tuner._link == pytest.approx(rate, rel=0.06)
+        assert clock.tuner._link is not None and clock.tuner._link.rate == pytest.approx(rate, rel=0.06)
 
 
 def test_it_follows_a_link_that_changes() -> None:
