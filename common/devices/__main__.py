@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(knobs, dict):
             raise ValueError("knobs are not a JSON object")  # noqa: TRY004 - of what is given, not of the program
         device = build(options.kind, options.name, knobs)
+        _prepare(options.socket)  # before: whoever sees the socket may send a signal
         listener = listen(options.socket)
     except ValueError as error:
         print(f"{options.name}: {error}", file=sys.stderr)
@@ -76,7 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{options.name}: cannot listen at {options.socket}: {error.strerror or error}", file=sys.stderr)
         return 1
-    _prepare(options.socket)
     if not options.once:
         print(f"{options.name}: listening at {options.socket}", flush=True)
     try:

@@ -91,9 +91,12 @@ class HostServicer(host_pb2_grpc.HostServiceServicer):
         self, request: host_pb2.StopMachineRequest, context: grpc.ServicerContext
     ) -> host_pb2.StopMachineResponse:
         """End the machine."""
-        self.host.require_machine()
+        if self.host.machine is None:
+            self.host.require_machine()  # says where it went; the copy of one that has gone may be stopped
         with self.host.not_migrating():
-            self.host.release(Ownership.OFF)
+            record = self.host.record()
+            gone = record is not None and record.ownership is Ownership.GONE
+            self.host.release(Ownership.RELEASED if gone else Ownership.OFF)
         self.host.events.publish(machine_state="off")
         return host_pb2.StopMachineResponse()
 
