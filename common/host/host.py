@@ -320,8 +320,9 @@ class Host:
 
     def require_machine(self) -> MachineClient:
         """Return the machine; refuse the call if there is none, or only the copy of one that has gone."""
-        if self.machine is None or self.gone_to:
-            went = f"; it went to {self.gone_to}" if self.gone_to else ""
+        gone_to = self.gone_to
+        if self.machine is None or gone_to:
+            went = f"; it went to {gone_to}" if gone_to else ""
             went += ", and its copy is kept here until switchover forget" if self.machine is not None else ""
             raise RefusalError(
                 grpc.StatusCode.FAILED_PRECONDITION, "NO_MACHINE", f"this {self.role} has no machine now{went}"

@@ -325,7 +325,7 @@ def check(batch: PageBatch, pages_in_ram: int) -> None:
     if batch.equal_to.size != batch.equal_pages or (batch.equal_to >= pages_in_ram).any():
         raise ValueError("a batch has pages that equal none, or one outside RAM")
     full = batch.payload_pages
-    plain = full == pages and batch.encoding == Encoding.RAW and not batch.delta and first.size <= _MAX_PLAIN_RUNS
+    plain = full == pages and first.size <= _MAX_PLAIN_RUNS and _goes_as_it_comes(batch, first.size)
     most = MAX_PLAIN_PAGES if plain else MAX_UNIT_PAGES
     if full + batch.equal_pages > most:
         raise ValueError(f"a batch has {full + batch.equal_pages} pages to be written, more than {most}")
