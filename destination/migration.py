@@ -282,7 +282,7 @@ class Arrival:
         hooks.reach("destination.finish")
         try:
             self._machine.load(vcpu, configs, paused=request.paused)
-            self._readback.after_loading(self._devices)
+            self._readback.after_loading()
         except BaseException as error:
             # A device that has refused its state is reset. Asked once more, it would seem to have taken it.
             self.lose(f"it could not be loaded: {error}", "CANNOT_LOAD")
@@ -327,10 +327,10 @@ class Arrival:
                 raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error)) from error
             assert self._machine is not None
             if state != self.state:
-                failure = self._machine.describe().failure
-                if failure:
-                    raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", f"the machine: {failure}")
-                self._record(Ownership.COMMITTED)
+                try:
+                    self._record(Ownership.COMMITTED)
+                except RequestError as error:
+                    raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error)) from error
                 self.state = state
                 hooks.reach("destination.committed")
             if self.state != handover.COMMITTED:

@@ -6,14 +6,13 @@ arrives, devices in the blackout; the source asks for the verdict when the machi
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from concurrent.futures import Executor, Future
 
 import grpc
 from switchover.v1 import migration_pb2
 
 from common.machine.client import MachineClient
-from common.machine.device import Digest
+from common.machine.device import DEFERRED_BYTES, Digest
 from common.memory.pages import Applier
 from common.memory.ram import GuestRam
 from common.rpc.errors import RefusalError
@@ -22,8 +21,6 @@ from destination.verifier import Verifier, compare_devices
 
 __all__ = ["ReadBack"]
 
-# Most of a device that is read in the blackout for a deferred verdict, which is to be short.
-DEFERRED_BYTES = 64 << 20
 Verify = migration_pb2.VerifyMode
 
 
@@ -35,10 +32,9 @@ class ReadBack:
     ) -> None:
         self._mode = mode
         self._deferred = mode == Verify.VERIFY_MODE_DEFERRED
-        self._machine = machine
+        self._machine = machine.another()  # the arrival's is needed to end a machine whose devices are being read
         self._pool = pool
         self._reading: Future[None] | None = None
-        self._devices: Collection[str] = ()
         self._digests: dict[str, Digest] = {}
         self._verifier: Verifier | None = None
         if mode != Verify.VERIFY_MODE_OFF:
@@ -60,9 +56,8 @@ class ReadBack:
         if self._deferred and verifier is not None:
             self._reading = self._pool.submit(verifier.complete)
 
-    def after_loading(self, devices: Collection[str]) -> None:
-        """These devices have their state; return when the machine may run."""
-        self._devices = devices
+    def after_loading(self) -> None:
+        """The devices have their state; return when the machine may run."""
         verifier = self._verifier
         if verifier is None:
             return
@@ -70,7 +65,7 @@ class ReadBack:
             # Only now: what a device wrote as it validated its state is read too.
             self._reading = self._pool.submit(verifier.read_all)
         elif self._reading is not None:
-            self._digests = self._digest_devices()
+            self._digests = self._machine.digests(DEFERRED_BYTES)
             self._reading.result()
 
     def compare(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
@@ -79,7 +74,7 @@ class ReadBack:
         if verifier is None or reading is None:
             why = "verification is off" if self._mode == Verify.VERIFY_MODE_OFF else "nothing has been read back"
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", why)
-        digests = self._digests if self._deferred else self._digest_devices()
+        digests = self._digests if self._deferred else self._machine.digests()
         reading.result()
         try:
             mismatches = verifier.compare(request.chunk_digests, pages=not self._deferred)
@@ -96,15 +91,6 @@ class ReadBack:
     def close(self) -> None:
         """Let go of RAM: a comparison that is under way fails, and there is none after this."""
         verifier, self._verifier = self._verifier, None
+        self._machine.close()
         if verifier is not None:
             verifier.close()
-
-    def _digest_devices(self) -> dict[str, Digest]:
-        return dict(zip(self._devices, self._pool.map(self._digest, self._devices), strict=True))
-
-    def _digest(self, name: str) -> Digest:
-        machine = self._machine.another()
-        try:
-            return machine.digest(name, DEFERRED_BYTES if self._deferred else None)
-        finally:
-            machine.close()

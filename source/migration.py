@@ -26,6 +26,7 @@ from common.ipc.channel import ClosedError, RequestError
 from common.logs import enter_session
 from common.machine.attachments import without_attachments
 from common.machine.config import to_json
+from common.machine.device import DEFERRED_BYTES
 from common.machine.record import Ownership
 from common.memory import runs
 from common.memory.packed import PackedBitmap, union
@@ -356,6 +357,9 @@ class Migration:
         self._link.wait_no_longer_than(self._stopped_at + self._limits.max_downtime_s)
         with self._account.downtime("pause"):
             self._running = self._machine.pause_vcpus()
+            # Nobody maps or unmaps any more. These go over while the devices stop.
+            changes = self._machine.mapping_changes()
+            last_mappings = self._pool.submit(self._streams.mappings.send, changes)
         hooks.reach("source.paused")
         with self._account.downtime("quiesce"):
             self._machine.quiesce()
@@ -374,9 +378,8 @@ class Migration:
             stats = self._send_round(number, last.runs())
             self._account.result.ram.downtime_bytes = stats.sent_bytes
         with self._account.downtime("devices"):
-            for sent in last_bytes:
+            for sent in (*last_bytes, last_mappings):
                 sent.result()
-            self._send_mappings()
             self._finish()
         if self._verifier is not None and self._request.verify == Verify.VERIFY_MODE_STRICT:
             with self._account.downtime("verification"):
@@ -391,7 +394,10 @@ class Migration:
         self._calls.ask(self._stub.Finish, request, self._long_call_s)
 
     def _compare(self, verifier: Verifier) -> None:
-        request = verifier.read(self.session_id, [stream.device.name for stream in self._streams.devices])
+        for stream in self._streams.devices:
+            stream.leave_stop_copy()
+        strict = self._request.verify == Verify.VERIFY_MODE_STRICT
+        request = verifier.read(self.session_id, None if strict else DEFERRED_BYTES)
         response = self._calls.ask(self._stub.Verify, request, self._long_call_s)
         verifier.judge(response, self._history, self._account.result)
 

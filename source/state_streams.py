@@ -59,11 +59,11 @@ class MappingStream:
 
     def send(self, changes: Changes) -> None:
         """Send what has changed; return when vIOMMU and devices of the destination have it."""
-        # All that is gone goes first: what was there may stand in the way of what is there now.
-        for start in range(0, len(changes.removed), BATCH):
-            self._send(changes.removed[start : start + BATCH], ())
-        for start in range(0, len(changes.added), BATCH):
-            self._send((), changes.added[start : start + BATCH])
+        # All that is gone goes first, in each batch too: what was there may stand in the way of what is there now.
+        gone = len(changes.removed)
+        for start in range(0, gone + len(changes.added), BATCH):
+            end = start + BATCH
+            self._send(changes.removed[start:end], changes.added[max(start - gone, 0) : max(end - gone, 0)])
         self.mappings += len(changes.added)
         self._stream.drain()
 
@@ -185,7 +185,10 @@ class DeviceStream:
                     self._init_sequence = self._stream.sequence + 1  # first, for the ack may be quick
                     self._sent_in_session = True
                     self._send(Kind.DEVICE_STATE_KIND_INIT_DATA_SENT)
-                if not data:
+                # What a device writes again meanwhile may wait for what follows it: to ask without a pause for each
+                # page of it keeps our processes busy and those of the device, in the blackout of others too.
+                told = sizes.initial_bytes is not None
+                if self._pending_bytes < self._buffer_size if told else not data:
                     self._stopping.wait(IDLE_SECONDS)
                 self._stream.check()
         except Exception as error:  # noqa: BLE001  # a thread's failure belongs to the story, which looks at `failure`
@@ -263,6 +266,9 @@ class DeviceStream:
                 raise EndlessStateError(f"{self.device.name}: more than {most} bytes of state in STOP_COPY, and no end")
         self._send(Kind.DEVICE_STATE_KIND_END)
         self._stream.drain()
+
+    def leave_stop_copy(self) -> None:
+        """Take the device to STOP, which may last: not in the blackout unless it must (QEMU: vfio_save_cleanup)."""
         self._machine.leave_stop_copy(self.device.name)
 
     def stop_reading(self) -> None:

@@ -6,13 +6,11 @@ was written in between was written by somebody who should have stood still.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 
 from switchover.v1 import host_pb2, migration_pb2
 
 from common.machine.client import MachineClient
-from common.machine.device import Digest
 from common.memory.digest import DigestWorkers
 from common.memory.layout import CHUNK_PAGES
 from common.memory.ram import GuestRam
@@ -38,25 +36,18 @@ class Verifier:
         """Start to read RAM, which has stopped, or is about to be written for the last time by what is read too."""
         self._reading = self._pool.submit(self._workers.chunks)
 
-    def read(self, session_id: str, devices: Sequence[str]) -> migration_pb2.VerifyRequest:
-        """Return what RAM and devices hold, when all of it is read."""
-        digests = self._pool.map(self._digest, devices)
+    def read(self, session_id: str, most_of_device: int | None) -> migration_pb2.VerifyRequest:
+        """Return what RAM and devices hold, when all of it is read, of each device at most so many bytes."""
+        digests = self._machine.digests(most_of_device)
         return migration_pb2.VerifyRequest(
             session_id=session_id,
-            devices=[verdict.device_digest(name, digest) for name, digest in zip(devices, digests, strict=True)],
+            devices=[verdict.device_digest(name, digest) for name, digest in digests.items()],
             chunk_digests=self._read_ram().tobytes(),
         )
 
     def _read_ram(self) -> Digests:
         assert self._reading is not None
         return self._reading.result()
-
-    def _digest(self, name: str) -> Digest:
-        machine = self._machine.another()
-        try:
-            return machine.digest(name)
-        finally:
-            machine.close()
 
     def judge(self, response: migration_pb2.VerifyResponse, history: History, result: host_pb2.MigrationResult) -> None:
         """Note in the result what was compared, and who could have written what differs."""

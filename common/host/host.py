@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -34,6 +35,7 @@ __all__ = ["Host", "HostError", "default_state_dir"]
 
 PLAIN = Security()
 MAX_DECISIONS = 4096
+STATE_SECONDS = 0.02
 
 _log = structlog.get_logger()
 
@@ -304,6 +306,8 @@ class Host:
                         session_id = self.session_id if self.migrating else ""
                         event = host_pb2.DeviceStateEvent(name=name, state=state)
                         self.events.publish(session_id, device_state=event)
+                    # They come in crowds, and most of them in a blackout.
+                    time.sleep(STATE_SECONDS)
             watched.close()
 
         threading.Thread(target=tell, args=(last,), name="device states", daemon=True).start()

@@ -313,10 +313,10 @@ class MachineClient:
             devices.append(DeviceConfig(members["name"], config, pending))
         return Rest(reply["vcpu"], tuple(devices))
 
-    def digest(self, name: str, most: int | None = None) -> Digest:
-        """Hash what can be read of a stopped device."""
-        members = self._client.call("digest", name=name, most=most).header
-        return Digest(**{**members, "bars": tuple(members["bars"])})
+    def digests(self, most: int | None = None) -> dict[str, Digest]:
+        """Hash what can be read of the stopped devices, of each at most `most` bytes."""
+        devices = self._client.call("digests", most=most)["devices"]
+        return {name: Digest(**{**its, "bars": tuple(its["bars"])}) for name, its in devices.items()}
 
     def explain(self, page: int) -> list[str]:
         """Return who could have written a page of RAM by DMA, and when."""

@@ -19,7 +19,7 @@ from common.vfio.migration import PRECOPY_STATES, SAVING_STATES, DeviceState, Mi
 from common.vfio_user.client import DeviceError, VfioUserClient
 from common.vfio_user.description import IrqInfo
 
-__all__ = ["AttachedDevice", "Digest", "Pending", "ResetFailedError", "ResetInsteadError", "Sizes"]
+__all__ = ["DEFERRED_BYTES", "AttachedDevice", "Digest", "Pending", "ResetFailedError", "ResetInsteadError", "Sizes"]
 
 _log = structlog.get_logger()
 
@@ -31,6 +31,8 @@ VFIO_IRQ_INFO_AUTOMASKED = 1 << 2
 VFIO_IRQ_SET_DATA_NONE_ACTION_UNMASK = 0x11
 VFIO_IRQ_SET_DATA_EVENTFD_ACTION_TRIGGER = 0x24
 VFIO_REGION_INFO_FLAG_READ = 1
+# Most of a device that is read for a deferred verdict: the destination reads in the blackout, which is to be short.
+DEFERRED_BYTES = 64 << 20
 MAX_VECTORS = 32  # that are given to the guest
 READ_SIZE = 1 << 20
 EVENTFD = "anon_inode:[eventfd]"

@@ -31,7 +31,7 @@ from common.machine import device_process
 from common.machine.blockers import blockers
 from common.machine.board import AREA_SIZE, FIRST_AREA, Board, image_start, regions
 from common.machine.config import MachineSpec
-from common.machine.device import AttachedDevice, Pending, ResetFailedError, ResetInsteadError
+from common.machine.device import AttachedDevice, Digest, Pending, ResetFailedError, ResetInsteadError
 from common.machine.state_changes import StateChanges
 from common.machine.traps import traps
 from common.machine.vcpus import Vcpus
@@ -349,6 +349,12 @@ class Machine:
             raise
 
     # Looking at it.
+
+    def digests(self, most: int | None) -> dict[str, Digest]:
+        """Read all devices, which are in STOP, side by side (see `AttachedDevice.digest`)."""
+        with ThreadPoolExecutor(max(len(self.devices), 1)) as pool:
+            read = pool.map(lambda device: device.digest(most), self.devices.values())
+            return dict(zip(self.devices, read, strict=True))
 
     def blockers(self) -> list[str]:
         """Return what would prevent a migration now."""

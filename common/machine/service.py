@@ -121,7 +121,7 @@ class MachineService:
 
         RequestError EINVAL: a machine that has failed is not handed over.
         """
-        if ownership is Ownership.COMMITTING and self.machine.state == "failed":
+        if ownership in (Ownership.COMMITTING, Ownership.COMMITTED) and self.machine.state == "failed":
             raise RequestError("EINVAL", f"the machine has failed: {self.machine.failure}")
         spec = self.machine.spec
         self.incarnation = incarnation or self.incarnation
@@ -177,7 +177,7 @@ class _Connection:
             *(self.mapping_changes, self.sync, self.throttle, self.pause_vcpus, self.quiesce, self.leave_stop_copy),
             *(
                 self.rest,
-                self.digest,
+                self.digests,
                 self.explain,
                 self.late_writes,
                 self.end,
@@ -326,8 +326,9 @@ class _Connection:
         ]
         return Message({"vcpu": vcpu, "devices": devices}, b"".join(configs.values()))
 
-    def digest(self, request: Message) -> dict[str, Any]:
-        return dataclasses.asdict(self._machine.devices[request["name"]].digest(request["most"]))
+    def digests(self, request: Message) -> dict[str, Any]:
+        found = self._machine.digests(request["most"])
+        return {"devices": {name: dataclasses.asdict(digest) for name, digest in found.items()}}
 
     def explain(self, request: Message) -> dict[str, Any]:
         return {"writers": self._leaving().could_have_written(request["page"])}

@@ -16,7 +16,6 @@ from typing import Any, cast
 import grpc
 import numpy as np
 import pytest
-from switchover.v1 import host_pb2
 from switchover.v1 import migration_pb2 as pb
 
 from common.host.host import Host
@@ -109,11 +108,13 @@ class FakeMachine:
         self.asked_gaps.append(run)
         return 4321 if len(self.asked_gaps) > 2 else None
 
-    def describe(self) -> host_pb2.Machine:
-        return host_pb2.Machine(name="vm", failure=self.failure)
+    def record(self, ownership: Ownership, **named: Any) -> None:
+        if ownership is Ownership.COMMITTED and self.failure:
+            raise RequestError("EINVAL", f"the machine has failed: {self.failure}")
+        self.notes.append(("record", ownership, *named.values()))
 
-    def digest(self, name: str, _most: int | None) -> Digest:
-        return Digest(len(name), (1,), 0, compared=name == "nic0")
+    def digests(self, _most: int | None = None) -> dict[str, Digest]:
+        return {name: Digest(len(name), (1,), 0, compared=name == "nic0") for name in ("nic0", "nvme0")}
 
     def did(self, *names: str) -> list[Any]:
         """Return the notes of these names."""
@@ -987,7 +988,7 @@ def test_what_is_compared_later_was_read_before_the_start(rig: Rig) -> None:
     rig.ready(verify=pb.VERIFY_MODE_DEFERRED)
     rig.commit()
     rig.settled()
-    rig.machine.digest = None  # type: ignore[assignment,method-assign]  # nobody reads a device that runs
+    rig.machine.digests = None  # type: ignore[assignment,method-assign]  # nobody reads a device that runs
     answer = verify(rig, pb.DeviceDigest(name="nic0", config=4, bars=[1], compared=True))
     assert list(answer.compared_devices) == ["nic0"] and not answer.devices
     (verifier,) = FakeVerifier.made
@@ -1113,7 +1114,7 @@ def test_a_machine_that_has_failed_is_not_committed(rig: Rig) -> None:
     """It still runs at its source."""
     rig.ready()
     rig.machine.failure = "nic0 has ended"
-    assert refused(rig.commit) == "NOT_READY: the machine: nic0 has ended"
+    assert refused(rig.commit) == "NOT_READY: the machine has failed: nic0 has ended"
     assert rig.state() == READY and not rig.machine.did("record", "take_over")
     assert rig.resolve() == REVOKED
 

@@ -18,9 +18,6 @@ class FakeDevice:
     def __init__(self, pending: Pending) -> None:
         self.pending = pending
 
-    def config_space(self) -> bytes:
-        return bytes(64)
-
     def drain(self) -> Pending:
         pending, self.pending = self.pending, Pending()
         return pending
@@ -41,8 +38,19 @@ def leaving(devices: dict[str, FakeDevice], pending: dict[str, Pending]) -> tupl
 
 def test_what_was_pending_already_goes_too() -> None:
     its, machine = leaving({"nic0": FakeDevice(Pending((1,)))}, {"nic0": Pending((0,), (2,))})
-    assert its.rest() == ({"runs": 1}, {"nic0": bytes(64)}, {"nic0": Pending((0, 1), (2,))})
+    assert its.rest() == ({"runs": 1}, {}, {"nic0": Pending((0, 1), (2,))})
     assert machine.pending == {"nic0": Pending((0, 1), (2,))}
+
+
+def test_config_spaces_are_read_when_nobody_writes_there_and_before_libvfio_user_answers_no_more() -> None:
+    did: list[str] = []
+    device = SimpleNamespace(config_space=lambda: did.append("config") or bytes(64), drain=lambda: Pending())
+    its, machine = leaving({"nic0": cast("FakeDevice", device)}, {})
+    machine.quiesce = lambda: did.append("quiesce")
+    machine.enter_all = lambda state, recover: did.append(f"{state.name}, {recover.name}")
+    its.stop_devices()
+    assert did == ["quiesce", "config", "STOP_COPY, STOP"]
+    assert its.rest()[1] == {"nic0": bytes(64)}
 
 
 def test_what_was_drained_is_kept_whatever_happens_to_the_next_device() -> None:

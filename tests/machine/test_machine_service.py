@@ -57,9 +57,6 @@ class FakeDevice:
             return Sizes(4, PrecopyInfo(3, 4), None, length_failed=True)
         return Sizes(0, None, 9, length_failed=False)
 
-    def digest(self, _most: int | None) -> Digest:
-        return Digest((1 << 64) - 1, (1, 2), 3, compared=True)
-
 
 class FakeContainer:
     """An address space whose mappings were always the same."""
@@ -129,6 +126,9 @@ class FakeMachine:
 
     def enter(self, device: FakeDevice, state: DeviceState, recover: DeviceState, *, only_from: DeviceState) -> None:
         self.notes.append(f"{device.name} enters {state.name} from {only_from.name}, else {recover.name}")
+
+    def digests(self, most: int | None) -> dict[str, Digest]:
+        return {"nic0": Digest((1 << 64) - 1, (1, most or 2), 3, compared=True)}
 
     def fail(self, cause: str) -> None:
         self.notes.append(f"failed: {cause}")
@@ -277,7 +277,8 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
         DeviceConfig("nic0", b"abc", Pending((0, 2), (0,))),
         DeviceConfig("nic1", b"defgh", Pending()),
     )
-    assert client.digest("nic0") == Digest((1 << 64) - 1, (1, 2), 3, compared=True)
+    assert client.digests()["nic0"] == Digest((1 << 64) - 1, (1, 2), 3, compared=True)
+    assert client.digests(7)["nic0"].bars == (1, 7)
     assert client.explain(7) == ["nic0 may have written 7"]
     assert client.late_writes(512, 3) == ["512 + 3"]
     client.end()
@@ -439,10 +440,11 @@ def test_a_machine_that_is_committed_here_does_not_end_with_the_daemon(rig: Rig)
     assert not rig.service.ended.is_set()
 
 
-def test_a_machine_that_has_failed_is_not_handed_over(rig: Rig) -> None:
+@pytest.mark.parametrize("ownership", [Ownership.COMMITTING, Ownership.COMMITTED])
+def test_a_machine_that_has_failed_is_not_handed_over(rig: Rig, ownership: Ownership) -> None:
     rig.machine.state, rig.machine.failure = "failed", "nic0: it is gone"
     with pytest.raises(RequestError, match="nic0: it is gone"):
-        rig.connect().record(Ownership.COMMITTING)
+        rig.connect().record(ownership)
     assert record.read(rig.record_path) is None and not rig.service.committed
 
 
