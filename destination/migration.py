@@ -327,7 +327,9 @@ class Arrival:
                 raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error)) from error
             assert self._machine is not None
             if state != self.state:
+                assert self._readback is not None
                 try:
+                    self._readback.wait_until_read()
                     self._record(Ownership.COMMITTED)
                 except RequestError as error:
                     raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READY", str(error)) from error

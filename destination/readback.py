@@ -1,7 +1,7 @@
 """What is read back from RAM and devices when all has arrived, and compared with what the source has.
 
-Strict: in the blackout, after the devices have validated their state. Deferred: RAM before the machine runs, as it
-arrives, devices in the blackout; the source asks for the verdict when the machine runs here.
+Strict: in the blackout, after the devices have validated their state. Deferred: before the machine runs, RAM as it
+arrives, devices while both ends write down who owns the machine; the source asks for the verdict when it runs here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ReadBack:
         self._machine = machine.another()  # the arrival's is needed to end a machine whose devices are being read
         self._pool = pool
         self._reading: Future[None] | None = None
-        self._digests: dict[str, Digest] = {}
+        self._digests: Future[dict[str, Digest]] | None = None
         self._verifier: Verifier | None = None
         if mode != Verify.VERIFY_MODE_OFF:
             self._verifier = Verifier(ram, applier, early=self._deferred)
@@ -57,15 +57,20 @@ class ReadBack:
             self._reading = self._pool.submit(verifier.complete)
 
     def after_loading(self) -> None:
-        """The devices have their state; return when the machine may run."""
+        """The devices have their state."""
         verifier = self._verifier
         if verifier is None:
             return
         if not self._deferred:
             # Only now: what a device wrote as it validated its state is read too.
             self._reading = self._pool.submit(verifier.read_all)
-        elif self._reading is not None:
-            self._digests = self._machine.digests(DEFERRED_BYTES)
+        else:
+            self._digests = self._pool.submit(self._machine.digests, DEFERRED_BYTES)
+
+    def wait_until_read(self) -> None:
+        """Return when the machine may run; raise what keeps it from being read, ClosedError or RequestError."""
+        if self._digests is not None and self._reading is not None:
+            self._digests.result()
             self._reading.result()
 
     def compare(self, request: migration_pb2.VerifyRequest) -> migration_pb2.VerifyResponse:
@@ -74,7 +79,7 @@ class ReadBack:
         if verifier is None or reading is None:
             why = "verification is off" if self._mode == Verify.VERIFY_MODE_OFF else "nothing has been read back"
             raise RefusalError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_READ", why)
-        digests = self._digests if self._deferred else self._machine.digests()
+        digests = self._machine.digests() if self._digests is None else self._digests.result()
         reading.result()
         try:
             mismatches = verifier.compare(request.chunk_digests, pages=not self._deferred)

@@ -11,7 +11,8 @@ from switchover.v1 import migration_pb2, migration_pb2_grpc
 
 __all__ = ["ClockOffset", "guest_gap_ms", "measure"]
 
-ROUND_TRIPS = 20
+MIN_ROUND_TRIPS = 3
+MEASURE_SECONDS = 0.01
 GUEST_GAP_SECONDS = 1.0
 WAIT_SECONDS = 0.02
 
@@ -27,10 +28,15 @@ class ClockOffset:
     error_ns: int
 
 
-def measure(read_other_clock: Callable[[], int], round_trips: int = ROUND_TRIPS) -> ClockOffset:
-    """Read the other clock many times and believe the quickest round trip, which leaves the least room for error."""
+def measure(read_other_clock: Callable[[], int]) -> ClockOffset:
+    """Read the other clock again and again and believe the quickest round trip, which leaves least room for error.
+
+    It takes 10 ms, or three round trips if those take longer, for the guest writes meanwhile.
+    """
     best: ClockOffset | None = None
-    for _ in range(round_trips):
+    began, trips = time.monotonic_ns(), 0
+    while trips < MIN_ROUND_TRIPS or time.monotonic_ns() - began < MEASURE_SECONDS * 1e9:
+        trips += 1
         before = time.monotonic_ns()
         other = read_other_clock()
         after = time.monotonic_ns()

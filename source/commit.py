@@ -107,6 +107,7 @@ class Handover:
         self._session_id = session_id
         self._say = say
         self._told = ""
+        self.refusal = ""  # what COMMIT was refused with
         self._lock = threading.Lock()
         self._call: grpc.Future[Any] | None = None
         self._answer: Event | None = None
@@ -153,7 +154,8 @@ class Handover:
                 return self._answered(Event.COMMITTED), response.start_us / 1000
         except grpc.RpcError as error:
             failure = peer_error(error)
-            _log.warning("COMMIT was not answered", reason=failure.reason, message=str(failure))
+            self.refusal = str(failure)
+            _log.warning("COMMIT was not answered", reason=failure.reason, message=self.refusal)
         except _DeclaredError as declared:
             return declared.event, 0.0
         return self.resolve(), 0.0

@@ -8,6 +8,7 @@ happened. What is behind COMMIT cannot, and only the destination's word leads pa
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -345,12 +346,12 @@ class Migration:
     # switchover: the machine stands still, and all that is left of it goes over.
 
     def _switchover(self) -> None:
+        self._streams.end_precopy()
         # Now, and not in setup: two clocks drift apart by a downtime in an hour or so.
         self._clock = measure(
             lambda: self._calls.ask(self._stub.ReadClock, migration_pb2.ReadClockRequest(), CALL_SECONDS).monotonic_ns
         )
-        for stream in self._streams.devices:
-            stream.end_precopy()
+        self._send_mappings()
         self._account.phase("switchover")
         hooks.reach("source.switchover")
         self._stopped_at = time.monotonic()
@@ -365,8 +366,8 @@ class Migration:
             self._machine.quiesce()
         hooks.reach("source.stopped")
         devices = self._streams.devices
-        together = [[stream] for stream in devices] if hooks.guarded("parallel-device-streams") else [devices]
-        last_bytes = [self._pool.submit(_stop_copies, streams) for streams in together]
+        threads = min(os.cpu_count() or 1, len(devices)) if hooks.guarded("parallel-device-streams") else 1
+        last_bytes = [self._pool.submit(_stop_copies, devices[first::threads]) for first in range(threads)]
         if self._verifier is not None and self._request.verify == Verify.VERIFY_MODE_STRICT:
             self._verifier.start_reading()
         number = len(self._account.facts)
@@ -416,7 +417,8 @@ class Migration:
         self.handover.recorded()
         match event:
             case handover.Event.REVOKED:
-                raise RevokedError("the destination did not commit; the machine goes on here")
+                because = f": {self.handover.refusal}" if self.handover.refusal else ""
+                raise RevokedError(f"the destination did not commit{because}; the machine goes on here")
             case handover.Event.DECLARED_HERE | handover.Event.DECLARED_THERE:
                 raise ResolvedError(f"an operator has declared that the {OWNERS[self._ownership]} owns the machine")
         result = self._account.result
@@ -541,3 +543,5 @@ class Migration:
 def _stop_copies(streams: Sequence[DeviceStream]) -> None:
     for stream in streams:
         stream.stop_copy()
+    for stream in streams:
+        stream.drain()

@@ -21,7 +21,7 @@ READ_SIZE = 1 << 20
 FAILED_LENGTH = 100 << 30  # QEMU: VFIO_MIG_STOP_COPY_SIZE
 UNDECLARED_LENGTH = 1 << 30  # that a device may give beyond twice what it has declared
 BATCH = 10_000  # mappings in a message
-IDLE_SECONDS = 0.02
+IDLE_SECONDS = 0.05
 
 
 class EndlessStateError(Exception):
@@ -188,7 +188,7 @@ class DeviceStream:
                 # What a device writes again meanwhile may wait for what follows it: to ask without a pause for each
                 # page of it keeps our processes busy and those of the device, in the blackout of others too.
                 told = sizes.initial_bytes is not None
-                if self._pending_bytes < self._buffer_size if told else not data:
+                if not data or (told and self._pending_bytes < self._buffer_size):
                     self._stopping.wait(IDLE_SECONDS)
                 self._stream.check()
         except Exception as error:  # noqa: BLE001  # a thread's failure belongs to the story, which looks at `failure`
@@ -246,25 +246,29 @@ class DeviceStream:
         """Let every call on this connection fail with `failure`; on the next one the device is read on."""
         self._stream.interrupt(failure)
 
-    def end_precopy(self) -> None:
-        """Stop reading in PRE_COPY; raise what went wrong there."""
+    def leave_precopy(self) -> None:
+        """Read in PRE_COPY no more, once what was begun is sent."""
         self._stopping.set()
+
+    def end_precopy(self) -> None:
+        """Wait until that is so; raise what went wrong there."""
+        self.leave_precopy()
         if self._thread.is_alive():
             self._thread.join()
         if self.failure is not None:
             raise self.failure
 
     def stop_copy(self) -> None:
-        """Send all that is left of a stopped device; return when the destination's device has taken it.
-
-        `EndlessStateError` if it does not come to an end.
-        """
+        """Send all that is left of a stopped device; `EndlessStateError` if it does not come to an end."""
         most = most_stop_copy(None if self._stop_copy_length < 0 else self._stop_copy_length)
         while data := self._read(Kind.DEVICE_STATE_KIND_STOP_COPY_DATA):
             self.stop_copy_bytes += len(data)
             if self.stop_copy_bytes > most:
                 raise EndlessStateError(f"{self.device.name}: more than {most} bytes of state in STOP_COPY, and no end")
         self._send(Kind.DEVICE_STATE_KIND_END)
+
+    def drain(self) -> None:
+        """Return when the destination's device has taken all of it."""
         self._stream.drain()
 
     def leave_stop_copy(self) -> None:

@@ -77,6 +77,13 @@ class Streams:
         """How the next pages would be compressed."""
         return self._packer.method.name
 
+    def end_precopy(self) -> None:
+        """Stop reading devices in PRE_COPY; raise what went wrong there."""
+        for stream in self.devices:
+            stream.leave_precopy()
+        for stream in self.devices:
+            stream.end_precopy()
+
     def tell(self, progress: host_pb2.Progress) -> None:
         """Fill in what was sent so far."""
         del progress.devices[:]

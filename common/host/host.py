@@ -35,7 +35,7 @@ __all__ = ["Host", "HostError", "default_state_dir"]
 
 PLAIN = Security()
 MAX_DECISIONS = 4096
-STATE_SECONDS = 0.02
+STATE_SECONDS = 0.1
 
 _log = structlog.get_logger()
 

@@ -345,8 +345,8 @@ class AttachedDevice:
         extension = self.client.extension
         dumps = extension is not None and extension.comparable_dump
         if most is not None:
-            size = sum(region.size for region in regions) + ((self.client.stop_copy_length() or 0) if dumps else 0)
-            if size > most:
+            size = sum(region.size for region in regions)
+            if size > most or (dumps and size + (self.client.stop_copy_length() or 0) > most):
                 return Digest(config, (), 0, compared=False)
         bars = tuple(self._hash_bar(region.index, region.size) for region in regions)
         dump = self._hash_dump() if dumps else 0

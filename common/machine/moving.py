@@ -270,10 +270,13 @@ class Arriving:
                 raise OSError(errno.EINVAL, f"{name}: has no interrupt vector {max(its.vectors)}")
             if max(its.doorbells, default=-1) >= len(device.doorbells):
                 raise OSError(errno.EINVAL, f"{name}: has no doorbell {max(its.doorbells)}")
+
+        def load_device(name: str) -> None:
+            devices[name].enter(DeviceState.STOP)
+            devices[name].restore_config(configs[name])
+
         with ThreadPoolExecutor(max(len(devices), 1)) as pool:
-            list(pool.map(lambda device: device.enter(DeviceState.STOP), devices.values()))
-        for name, config in configs.items():
-            devices[name].restore_config(config)
+            list(pool.map(load_device, devices))
         self._machine.vcpus.state_in(vcpu)
         self._machine.pending = dict(pending)
         self._paused = paused

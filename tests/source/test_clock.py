@@ -31,9 +31,12 @@ class Hosts:
         return other
 
     def measure(self) -> ClockOffset:
+        """Until the wire has no more to say."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(clock, "time", SimpleNamespace(monotonic_ns=self.monotonic_ns))
-            return measure(self.read_other, len(self.trips))
+            patch.setattr(clock, "MIN_ROUND_TRIPS", len(self.trips))
+            patch.setattr(clock, "MEASURE_SECONDS", 0)
+            return measure(self.read_other)
 
 
 @given(st.integers(-(10**15), 10**15), st.lists(st.tuples(DELAYS, DELAYS), min_size=1, max_size=25))
@@ -49,7 +52,10 @@ def test_the_quickest_round_trip_is_believed() -> None:
     assert measured == ClockOffset(990, 40)
 
 
-def test_reads_as_often_as_a_good_minimum_needs() -> None:
-    reads = iter(range(1000))
-    measure(lambda: next(reads))
-    assert next(reads) >= 20
+@pytest.mark.parametrize(("trip_ns", "trips"), [(100_000, 100), (3_000_000, 4), (50_000_000, 3)])
+def test_a_slow_wire_is_not_asked_for_long(monkeypatch: pytest.MonkeyPatch, trip_ns: int, trips: int) -> None:
+    """The guest runs, and writes, until the clocks are compared."""
+    hosts = Hosts(1000, [(trip_ns // 2, trip_ns // 2)] * 200)
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic_ns=hosts.monotonic_ns))
+    assert measure(hosts.read_other) == ClockOffset(1000, trip_ns // 2)
+    assert 200 - len(hosts.trips) == trips
