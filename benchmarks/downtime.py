@@ -37,6 +37,7 @@ rate = "200MB/s"
 region = "128MiB"
 [[device]]
 kind = "nic"
+container = "net"
 rate = "100MB/s"
 packet = 65536
 [[guest]]
@@ -108,7 +109,7 @@ def _moves(machine: str, rows: Sequence[Row], runs: int) -> list[tuple[Row, dict
                 guard = guards / f"{row.without}.off"
                 if row.without:
                     guard.touch()
-                told, _ = ours.migrate([*OPTIONS, *row.options])
+                told = ours.migrate([*OPTIONS, *row.options])
                 guard.unlink(missing_ok=True)
                 moves.append((row, told))
     return moves

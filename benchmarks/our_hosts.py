@@ -54,34 +54,35 @@ class OurHosts:
         self.holder, self.other = holder, other
         self._limit = [] if limit is None else ["--bandwidth", f"{limit:.0f}"]
 
-    def migrate(self, options: Sequence[str]) -> tuple[dict[str, Any], list[float]]:
-        """Migrate once; return what the command tells, and the CPU seconds of both ends. OSError if that fails."""
-        watch = self.holder.command("watch", self.holder.address, "--json")
+    def migrate(self, options: Sequence[str]) -> dict[str, Any]:
+        """Migrate once; return what the command tells. OSError if that fails."""
         command = [*self.holder.command("migrate", "--source", self.holder.address), "--json", *self._limit, *options]
+        done = subprocess.run(
+            [*command, "--destination", self.other.address],
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            check=False,
+        )
+        if done.returncode == ExitCode.USAGE:
+            raise UnknownOptionError(done.stderr.strip().splitlines()[-1])
+        if done.returncode:
+            raise OSError(f"switchover: {(done.stdout + done.stderr).strip()}")
+        self._let_go()
+        self.holder, self.other = self.other, self.holder
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told
+
+    def move(self, options: Sequence[str]) -> Sample:
+        """The same, as a sample, with the CPU seconds of both ends."""
+        watch = self.holder.command("watch", self.holder.address, "--json")
         with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as watcher:
             cpu = _Cpu(watcher, (self.holder.pid, self.other.pid))
             try:
-                done = subprocess.run(
-                    [*command, "--destination", self.other.address],
-                    capture_output=True,
-                    text=True,
-                    env=ENVIRONMENT,
-                    check=False,
-                )
-                if done.returncode == ExitCode.USAGE:
-                    raise UnknownOptionError(done.stderr.strip().splitlines()[-1])
-                if done.returncode:
-                    raise OSError(f"switchover: {(done.stdout + done.stderr).strip()}")
-                spent = cpu.wait()
+                told = self.migrate(options)
+                source_cpu, destination_cpu = cpu.wait()
             finally:
                 watcher.kill()
-        self._let_go()
-        self.holder, self.other = self.other, self.holder
-        return json.loads(done.stdout), spent
-
-    def move(self, options: Sequence[str]) -> Sample:
-        """The same, as a sample."""
-        told, (source_cpu, destination_cpu) = self.migrate(options)
         return Sample(
             ram_bytes=told["ram"]["bytes"],
             transfer_s=(sum(each["ms"] for each in told["rounds"]) + told["downtime_ms"]) / 1000,
