@@ -10,6 +10,7 @@ import grpc
 from switchover.v1 import host_pb2, migration_pb2, migration_pb2_grpc
 
 from common.machine.client import Changes, DeviceInfo, DeviceSizes, MachineClient, MappingChange
+from common.machine.device import Saved
 from source.limiter import Limiter
 from source.reconnect import Connection, Link
 from source.resuming import ResumingStream
@@ -175,7 +176,7 @@ class DeviceStream:
     def _precopy(self) -> None:
         try:
             while not self._stopping.is_set():
-                data = self._read(Kind.DEVICE_STATE_KIND_PRECOPY_DATA)
+                data = self._read(Kind.DEVICE_STATE_KIND_PRECOPY_DATA).data
                 self.precopy_bytes += len(data)
                 sizes = self._machine.sizes(self.device.name)
                 self._pending_bytes = (sizes.initial_bytes or 0) + (sizes.dirty_bytes or 0)
@@ -198,19 +199,19 @@ class DeviceStream:
         """Read no more at once than there is, and 1 MiB at most (QEMU: vfio_save_setup)."""
         self._buffer_size = min(READ_SIZE, sizes.stop_copy_length or READ_SIZE)
 
-    def _read(self, kind: migration_pb2.DeviceStateKind.ValueType) -> bytes:
+    def _read(self, kind: migration_pb2.DeviceStateKind.ValueType) -> Saved:
         """Read once and send what comes; first say so if it is of another session."""
-        session, data = self._machine.read_device(self.device.name, self._buffer_size)
-        if session != self._session:
+        saved = self._machine.read_device(self.device.name, self._buffer_size)
+        if saved.session != self._session:
             if self._sent_in_session:
                 self._init_sequence = 0
                 self._sent_in_session = False
                 self._send(Kind.DEVICE_STATE_KIND_RESTART)
-            self._session = self._newest_session = session
-        if data:
+            self._session = self._newest_session = saved.session
+        if saved.data:
             self._sent_in_session = True
-            self._send(kind, bytes(data))
-        return bytes(data)
+            self._send(kind, bytes(saved.data))
+        return saved
 
     def _send(self, kind: migration_pb2.DeviceStateKind.ValueType, data: bytes = b"") -> None:
         self._limiter.take(len(data))
@@ -261,8 +262,11 @@ class DeviceStream:
     def stop_copy(self) -> None:
         """Send all that is left of a stopped device; `EndlessStateError` if it does not come to an end."""
         most = most_stop_copy(None if self._stop_copy_length < 0 else self._stop_copy_length)
-        while data := self._read(Kind.DEVICE_STATE_KIND_STOP_COPY_DATA):
-            self.stop_copy_bytes += len(data)
+        ended = False
+        while not ended:
+            saved = self._read(Kind.DEVICE_STATE_KIND_STOP_COPY_DATA)
+            ended = saved.ended
+            self.stop_copy_bytes += len(saved.data)
             if self.stop_copy_bytes > most:
                 raise EndlessStateError(f"{self.device.name}: more than {most} bytes of state in STOP_COPY, and no end")
         self._send(Kind.DEVICE_STATE_KIND_END)

@@ -17,7 +17,7 @@ from switchover.v1 import host_pb2
 
 from common.ipc.channel import Buffer, Client, ClosedError
 from common.machine.config import MachineSpec, from_json
-from common.machine.device import Digest, Pending
+from common.machine.device import Digest, Pending, Saved
 from common.machine.record import Ownership
 from common.memory.packed import PackedBitmap, union
 from common.memory.ram import GuestRam
@@ -254,13 +254,10 @@ class MachineClient:
         running: bool = self._client.call("running")["running"]
         return running
 
-    def read_device(self, name: str, size: int) -> tuple[int, Buffer]:
-        """Read migration data: the saving session that it is of (0: there is none), and the data.
-
-        Empty: nothing now (PRE_COPY) or nothing more (STOP_COPY).
-        """
+    def read_device(self, name: str, size: int) -> Saved:
+        """Read migration data (see `AttachedDevice.read_saved`)."""
         reply = self._client.call("read_device", name=name, size=size)
-        return reply["session"], reply.payload
+        return Saved(reply["session"], reply.payload, reply["ended"])
 
     def sizes(self, name: str) -> DeviceSizes:
         """Return how much there is to read."""

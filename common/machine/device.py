@@ -19,7 +19,16 @@ from common.vfio.migration import PRECOPY_STATES, SAVING_STATES, DeviceState, Mi
 from common.vfio_user.client import DeviceError, VfioUserClient
 from common.vfio_user.description import IrqInfo
 
-__all__ = ["DEFERRED_BYTES", "AttachedDevice", "Digest", "Pending", "ResetFailedError", "ResetInsteadError", "Sizes"]
+__all__ = [
+    "DEFERRED_BYTES",
+    "AttachedDevice",
+    "Digest",
+    "Pending",
+    "ResetFailedError",
+    "ResetInsteadError",
+    "Saved",
+    "Sizes",
+]
 
 _log = structlog.get_logger()
 
@@ -77,6 +86,15 @@ class Sizes:
     precopy: PrecopyInfo | None
     length: int | None
     length_failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What was read of saving session `session`, 0: there is none. `ended`: in STOP_COPY, and there is no more."""
+
+    session: int
+    data: Buffer
+    ended: bool
 
 
 class ResetInsteadError(OSError):
@@ -253,9 +271,10 @@ class AttachedDevice:
             raise ResetFailedError(error.errno, f"{before}{error.strerror}") from error
         self._entered(DeviceState.RUNNING)
 
-    def read_saved(self, size: int) -> tuple[int, Buffer]:
-        """Return the saving session and what can be read of it, nothing if there is none.
+    def read_saved(self, size: int) -> Saved:
+        """Read up to `size` bytes; no data, if that is not the end: there are none now.
 
+        What is short in STOP_COPY is likely to be all, so the device is asked for more at once: a machine stands still.
         OSError from the device, or what has kept it out of a session that it should be in.
         """
         with self._lock:
@@ -263,15 +282,19 @@ class AttachedDevice:
                 raise self.failure
             session = self.session
             if not session:
-                return 0, b""
+                return Saved(0, b"", ended=True)
+            copy = self._state is DeviceState.STOP_COPY
             if self._read_session != session:
                 self._read_session = session
-                copy = self._state is DeviceState.STOP_COPY
                 _log.debug("vfio_save_complete_precopy_start" if copy else "vfio_save_iterate_start", device=self.name)
-            data = self.client.mig_data_read(size)
+            data: Buffer = self.client.mig_data_read(size)
+            ended = copy and not data
+            if copy and 0 < len(data) < size:
+                data, more = bytes(data), self.client.mig_data_read(size - len(data))
+                data, ended = data + bytes(more), not more
             name = "vfio_save_block" if data else "vfio_save_block_precopy_empty_hit"
             _log.debug(name, device=self.name, state=self._state.name, data_size=len(data), buffer_size=size)
-            return session, data
+            return Saved(session, data, ended)
 
     def sizes(self) -> Sizes:
         """Return how much there is to read. OSError from the device, but not of the length, which may be unknown."""

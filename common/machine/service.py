@@ -269,8 +269,8 @@ class _Connection:
         self._leaving().enter_precopy()
 
     def read_device(self, request: Message) -> Message:
-        session, data = self._machine.devices[request["name"]].read_saved(request["size"])
-        return Message({"session": session}, data)
+        saved = self._machine.devices[request["name"]].read_saved(request["size"])
+        return Message({"session": saved.session, "ended": saved.ended}, saved.data)
 
     def sizes(self, request: Message) -> dict[str, Any]:
         self._leaving()

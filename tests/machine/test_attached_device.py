@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.machine import device as device_module
-from common.machine.device import AttachedDevice, Digest, Pending
+from common.machine.device import AttachedDevice, Digest, Pending, Saved
 from common.machine.device_config import DeviceSpec
 from common.machine.device_process import StartedDevice
 from common.vfio.migration import DeviceState, MigrationFlags
@@ -321,16 +321,34 @@ def test_a_digest_of_a_dump_leaves_the_device_in_stop(device: AttachedDevice, cl
 
 
 def test_reads_say_which_session_they_are_of(device: AttachedDevice, client: FakeClient) -> None:
-    assert device.read_saved(5) == (0, b"")  # and the device was not asked
+    assert device.read_saved(5) == Saved(0, b"", ended=True)  # and the device was not asked
     device.enter(DeviceState.PRE_COPY)
     device.enter(DeviceState.PRE_COPY_P2P)
-    assert device.read_saved(5) == (1, b"abc")
+    assert device.read_saved(5) == Saved(1, b"abc", ended=False)
     device.enter(DeviceState.STOP)
-    assert device.read_saved(5) == (0, b"")
+    assert device.read_saved(5) == Saved(0, b"", ended=True)
     device.enter(DeviceState.STOP_COPY)
-    assert device.read_saved(5) == (2, b"de")
+    assert device.read_saved(5) == Saved(2, b"de", ended=True)
     device.reset()
     assert (device.session, device.state) == (0, DeviceState.RUNNING)
+
+
+@pytest.mark.parametrize(
+    ("reads", "found"),
+    [
+        ([b"abcde", b""], [(b"abcde", False), (b"", True)]),  # as much as was asked for tells nothing
+        ([b"abc", b""], [(b"abc", True)]),
+        ([b"abc", b"de", b""], [(b"abcde", False), (b"", True)]),
+        ([b"a", b"b", b"c", b""], [(b"ab", False), (b"c", True)]),
+        ([b""], [(b"", True)]),
+    ],
+)
+def test_in_stop_copy_only_nothing_is_the_end(
+    device: AttachedDevice, client: FakeClient, reads: list[bytes], found: list[tuple[bytes, bool]]
+) -> None:
+    client.dump = reads
+    device.enter(DeviceState.STOP_COPY)
+    assert [(bytes(saved.data), saved.ended) for saved in (device.read_saved(5) for _ in found)] == found
 
 
 def test_what_kept_a_device_out_of_a_session_is_told_by_the_read(device: AttachedDevice) -> None:

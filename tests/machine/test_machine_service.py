@@ -19,7 +19,7 @@ from common.machine import record
 from common.machine import service as service_module
 from common.machine.client import Changes, DeviceConfig, DeviceSizes, MachineClient, MappingChange, Tracking
 from common.machine.config import MachineSpec, ViommuSpec
-from common.machine.device import Digest, Pending, Sizes
+from common.machine.device import Digest, Pending, Saved, Sizes
 from common.machine.machine import Machine
 from common.machine.record import Ownership, Record
 from common.machine.service import MachineService
@@ -49,8 +49,8 @@ class FakeDevice:
             mig_data_write=lambda data: notes.append(f"{name} takes {bytes(data)!r}"),
         )
 
-    def read_saved(self, size: int) -> tuple[int, bytes]:
-        return 4, b"d" * min(size, 5)
+    def read_saved(self, size: int) -> Saved:
+        return Saved(4, b"d" * min(size, 5), ended=size > 5)
 
     def sizes(self) -> Sizes:
         if self.name == "nic0":
@@ -258,7 +258,8 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
     assert client.start_tracking() == [Tracking("default", "device", "all log")]
     client.enter_precopy()
     assert client.running() is True
-    assert client.read_device("nic0", 3) == (4, b"ddd")
+    assert client.read_device("nic0", 3) == Saved(4, b"ddd", ended=False)
+    assert client.read_device("nic0", 6).ended
     assert client.sizes("nic0") == DeviceSizes(4, 3, 4, None, length_failed=True)
     assert client.sizes("nic1") == DeviceSizes(0, None, None, 9, length_failed=False)
     change = MappingChange("default", 0x1000, 0x2000, 0x5000, readable=True, writable=False)

@@ -14,6 +14,7 @@ from switchover.v1 import migration_pb2 as pb
 
 from common.ipc.channel import RequestError
 from common.machine.client import Changes, DeviceInfo, DeviceSizes, MachineClient, MappingChange
+from common.machine.device import Saved
 from source import state_streams
 from source.failures import explain
 from source.limiter import Limiter
@@ -42,16 +43,17 @@ class Device:
         self.sizes_now = DeviceSizes(1, 1 << 20, 0, 5 << 20, length_failed=False)
         self.asked: list[int] = []
         self.left = False
+        self.ends = False  # says with its last data that they are
 
-    def read_device(self, _name: str, size: int) -> tuple[int, bytes]:
+    def read_device(self, _name: str, size: int) -> Saved:
         self.asked.append(size)
         try:
             found = self.reads.get_nowait()
         except queue.Empty:
-            return self.sizes_now.session, b""
+            return Saved(self.sizes_now.session, b"", ended=True)
         if isinstance(found, Exception):
             raise found
-        return found
+        return Saved(*found, ended=self.ends and self.reads.empty())
 
     def sizes(self, _name: str) -> DeviceSizes:
         return self.sizes_now
@@ -152,6 +154,17 @@ def test_no_more_is_read_at_once_than_there_is(opened: Callable[..., Opened], le
     stream.start()
     stream.stop_copy()
     assert device.asked == [asked]
+
+
+def test_what_is_known_to_be_all_is_not_asked_for_more(opened: Callable[..., Opened]) -> None:
+    stream, device, destination = opened(flags=1)
+    device.ends = True
+    device.reads.put((1, b"almost"))
+    device.reads.put((1, b"all"))
+    stream.start()
+    stream.stop_copy()
+    assert destination.take(3) == [(STOP_COPY, b"almost"), (STOP_COPY, b"all"), (END, b"")]
+    assert len(device.asked) == 2
 
 
 def test_a_device_that_fails_to_say_its_length_is_read_with_a_whole_buffer(opened: Callable[..., Opened]) -> None:
