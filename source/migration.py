@@ -287,8 +287,10 @@ class Migration:
         while True:
             stats = self._send_round(number, pages)
             self._send_mappings()
+            # The devices first: what the guest writes between this and a pause is sent in the blackout.
+            device_bytes = sum(stream.remaining() for stream in self._streams.devices)
             self._dirty = self._sync(number)
-            facts = self._look(number, stats)
+            facts = self._look(number, stats, device_bytes)
             decision = decide(self._account.facts, self._limits)
             self._account.round_decided(facts, stats, self._streams.compression, decision)
             self._calls.check()
@@ -330,17 +332,16 @@ class Migration:
             self._host.metrics.dirty(source, pages)
         return report.union()
 
-    def _look(self, number: int, stats: LaneStats) -> RoundFacts:
+    def _look(self, number: int, stats: LaneStats, device_bytes: int) -> RoundFacts:
         # Its operator may have paused or resumed it.
         self._running = self._machine.running()
-        devices = self._streams.devices
         return self._account.look(
             number,
             stats,
             dirty_pages=self._dirty.count(),
-            device_bytes=sum(stream.remaining() for stream in devices),
+            device_bytes=device_bytes,
             initial_data_loaded=not (self._running and hooks.guarded("switchover-ack"))
-            or all(stream.initial_data_loaded for stream in devices),
+            or all(stream.initial_data_loaded for stream in self._streams.devices),
         )
 
     # switchover: the machine stands still, and all that is left of it goes over.

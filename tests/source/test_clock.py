@@ -52,7 +52,7 @@ def test_the_quickest_round_trip_is_believed() -> None:
     assert measured == ClockOffset(990, 40)
 
 
-@pytest.mark.parametrize(("trip_ns", "trips"), [(100_000, 100), (3_000_000, 4), (50_000_000, 3)])
+@pytest.mark.parametrize(("trip_ns", "trips"), [(100_000, 40), (1_000_000, 4), (50_000_000, 3)])
 def test_a_slow_wire_is_not_asked_for_long(monkeypatch: pytest.MonkeyPatch, trip_ns: int, trips: int) -> None:
     """The guest runs, and writes, until the clocks are compared."""
     hosts = Hosts(1000, [(trip_ns // 2, trip_ns // 2)] * 200)
