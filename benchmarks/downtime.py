@@ -87,7 +87,6 @@ WITHOUT_PRE_COPY = (Row("without device pre-copy"),)
 
 def downtime(runs: int) -> None:
     """Time `runs` migrations of each row; the guest measures (to be: 80 ms with all features)."""
-    found: dict[str, list[dict[str, Any]]] = {}
     for container, pre_copy, rows in (
         ("net", "auto", WITH_PRE_COPY),
         ("default", "auto", ONE_SPACE),
@@ -95,9 +94,10 @@ def downtime(runs: int) -> None:
     ):
         accelerators = ACCELERATOR.format(memory=DEVICE_MEMORY, pre_copy=pre_copy) * DEVICES
         machine = MACHINE.format(container=container) + accelerators
+        found: dict[str, list[dict[str, Any]]] = {}
         for row, told in _moves(machine, rows, runs):
             found.setdefault(row.name, []).append(told)
-    Console(width=170).print(_table(found, runs))
+        Console(width=170).print(_table(found, runs))
 
 
 def _moves(machine: str, rows: Sequence[Row], runs: int) -> list[tuple[Row, dict[str, Any]]]:
