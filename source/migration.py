@@ -8,7 +8,6 @@ happened. What is behind COMMIT cannot, and only the destination's word leads pa
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -367,8 +366,8 @@ class Migration:
             self._machine.quiesce()
         hooks.reach("source.stopped")
         devices = self._streams.devices
-        threads = min(os.cpu_count() or 1, len(devices)) if hooks.guarded("parallel-device-streams") else 1
-        last_bytes = [self._pool.submit(_stop_copies, devices[first::threads]) for first in range(threads)]
+        together = [[stream] for stream in devices] if hooks.guarded("parallel-device-streams") else [devices]
+        last_bytes = [self._pool.submit(_stop_copies, streams) for streams in together]
         if self._verifier is not None and self._request.verify == Verify.VERIFY_MODE_STRICT:
             self._verifier.start_reading()
         number = len(self._account.facts)
@@ -544,5 +543,3 @@ class Migration:
 def _stop_copies(streams: Sequence[DeviceStream]) -> None:
     for stream in streams:
         stream.stop_copy()
-    for stream in streams:
-        stream.drain()

@@ -260,7 +260,10 @@ class DeviceStream:
             raise self.failure
 
     def stop_copy(self) -> None:
-        """Send all that is left of a stopped device; `EndlessStateError` if it does not come to an end."""
+        """Send all that is left of a stopped device; return when the destination's device has taken it.
+
+        `EndlessStateError` if it does not come to an end.
+        """
         most = most_stop_copy(None if self._stop_copy_length < 0 else self._stop_copy_length)
         ended = False
         while not ended:
@@ -270,9 +273,6 @@ class DeviceStream:
             if self.stop_copy_bytes > most:
                 raise EndlessStateError(f"{self.device.name}: more than {most} bytes of state in STOP_COPY, and no end")
         self._send(Kind.DEVICE_STATE_KIND_END)
-
-    def drain(self) -> None:
-        """Return when the destination's device has taken all of it."""
         self._stream.drain()
 
     def leave_stop_copy(self) -> None:
