@@ -267,6 +267,7 @@ def watch(address: Address, *, tls: Tls = None, as_json: AsJson = False) -> None
                     print(event_line(event), flush=True)
         except KeyboardInterrupt:
             return
+    raise CommandError(f"{address}: the daemon has ended", ExitCode.UNREACHABLE)
 
 
 @app.command()

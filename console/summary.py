@@ -82,9 +82,12 @@ def _outcome(result: MigrationResult, source: str) -> str:
         return f"Completed in {took}: the machine has moved from {source} to {result.destination}{why}{code}.{paused}"
     if result.result == "cancelled":
         return f"Cancelled after {took}{why}{code}. The machine goes on at {source}."
+    there = f"The machine is at {result.destination}."
+    if result.reason == "RESOLVED":
+        there = f"The machine counts as the one of {result.destination}, which has not said whether it runs."
     where = {
         "source": f"The machine goes on at {source}.",
-        "destination": f"The machine is at {result.destination}.",
+        "destination": there,
         "undecided": f"Whether the machine is at {source} or {result.destination} is not decided yet.",
     }
     return f"Failed after {took}{why}{code}. {where.get(result.owner, '')}".rstrip()

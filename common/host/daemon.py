@@ -77,6 +77,7 @@ def serve(
         except (HostError, RequestError, OSError, ValueError) as error:
             return fail(str(error))
         finally:
+            host.events.end()
             server.stop(GRACE_SECONDS)
             host.close()
         return 0

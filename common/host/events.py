@@ -45,6 +45,13 @@ class Events:
                 if wanted in ("", session_id) and not (behind and message.HasField("progress")):
                     watcher.put(message)
 
+    def end(self) -> None:
+        """Let go of whoever watches everything: the daemon ends. Who watches a session still gets its result."""
+        with self._lock:
+            for watcher, wanted in self._watchers.items():
+                if not wanted:
+                    watcher.put(None)
+
     def watch(self, session_id: str, *, on_end: Callable[[Callable[[], None]], bool]) -> Iterator[Event]:
         """Yield events until the session's result, or without end for all sessions.
 

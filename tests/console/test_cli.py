@@ -14,6 +14,7 @@ from switchover.v1.migration_pb2 import LaneKind, VerifyMode
 
 from common.rpc.errors import RefusalError
 from console import cli
+from console.exit_codes import ExitCode
 
 
 def switchover(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -189,10 +190,11 @@ def test_status_for_people_and_for_programs(
 def test_watch_prints_an_event_per_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     events = story(result())
     with Serving(FakeHost(events, events)) as address:
-        assert switchover(monkeypatch, "watch", address, "--json") == 0
+        assert switchover(monkeypatch, "watch", address, "--json") == ExitCode.UNREACHABLE
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert switchover(monkeypatch, "watch", address) == 0
-        text = capsys.readouterr().out
+        assert switchover(monkeypatch, "watch", address) == ExitCode.UNREACHABLE
+        text, said = capsys.readouterr()
+    assert said == f"switchover: {address}: the daemon has ended\n"
     assert len(lines) == len(events) == text.count("\n")
     assert lines[0] == {"unix_ms": 1_000_000, "session_id": SESSION, "phase": "setup"}
     assert lines[2]["progress"]["devices"][0]["stop_copy_length"] == -1

@@ -82,6 +82,18 @@ def test_pages_that_differ_come_with_their_history() -> None:
     assert "could be written by nic0 at IOVA 0xfe001000" in text
 
 
+@pytest.mark.parametrize(
+    ("owner", "said"),
+    [
+        ("source", "The machine goes on at a:1."),
+        ("destination", "The machine counts as the one of b:2, which has not said whether it runs."),
+    ],
+)
+def test_what_an_operator_has_declared_is_not_what_the_destination_says(owner: str, said: str) -> None:
+    ended = result(result="failed", error="declared", reason="RESOLVED", owner=owner, destination="b:2")
+    assert sentences(ended, "a:1")[0] == f"Failed after 1.23 s: declared [RESOLVED]. {said}"
+
+
 def test_a_migration_that_never_stopped_the_machine_has_no_downtime() -> None:
     ended = pb.MigrationResult(result="cancelled", error="asked to", total_ms=5, verify="strict", verified="false")
     assert sentences(ended, "a:1") == [

@@ -131,6 +131,17 @@ def test_watching_everything_has_no_past_and_no_end_of_its_own(events: Events, w
     assert said(seen) == ["one", "two"] and seen[-1].machine_state == "paused" and len(seen) == 4
 
 
+def test_a_daemon_that_ends_lets_go_of_all_but_those_who_wait_for_a_result(
+    events: Events, watch: Callable[[str], Watcher]
+) -> None:
+    everything, session = watch(""), watch("a")
+    events.publish("a", message="one")
+    events.end()
+    assert said(everything.join()) == ["one"]
+    events.publish("a", result=result())
+    assert session.join()[-1].HasField("result")
+
+
 def test_a_watcher_that_goes_away_is_forgotten(events: Events, watch: Callable[[str], Watcher]) -> None:
     watcher = watch("a")
     assert len(events._watchers) == 1
