@@ -395,6 +395,7 @@ class Migration:
         self._calls.ask(self._stub.Finish, request, self._long_call_s)
 
     def _compare(self, verifier: Verifier) -> None:
+        hooks.reach("source.comparing")
         for stream in self._streams.devices:
             stream.leave_stop_copy()
         strict = self._request.verify == Verify.VERIFY_MODE_STRICT

@@ -213,7 +213,7 @@ EIO, EINVAL = "Input/output error", "Invalid argument"
         ("source.precopy", "nvme0.fail:STOP_COPY", f"nvme0: set state STOP_COPY: {EIO}"),
         ("source.precopy", "nvme0.fail_read", f"nvme0: MIG_DATA_READ size 0x[0-9a-f]+: {EIO}"),
         ("source.stopped", "nic0.fail_logging_report", f".*nic0: cannot get the DMA log of .*: {EIO}"),
-        ("source.stopped", "nic0.fail:STOP", f"nic0: set state STOP: {EIO}"),
+        ("source.comparing", "nic0.fail:STOP", f"nic0: set state STOP: {EIO}"),
         ("source.setup", "nic0.fail:RESUMING", f".*nic0: set state RESUMING: {EIO}"),
         ("source.precopy", "nic0.fail_write", f".*nic0: MIG_DATA_WRITE size 0x[0-9a-f]+: {EIO}"),
         ("source.stopped", "nvme0.fail_write", f".*nvme0: MIG_DATA_WRITE size 0x[0-9a-f]+: {EIO}"),
@@ -277,7 +277,7 @@ def test_a_device_that_cannot_be_compared_any_more(hosts: Hosts) -> None:
 
 
 def test_a_device_that_fails_to_say_how_much_there_is(hosts: Hosts) -> None:
-    with hosts.rig.held("source.sync0") as arrived:
+    with hosts.rig.held("source.round0") as arrived:
         session = hosts.here.begin(hosts.there.address, max_downtime_ms=ALL_AT_ONCE)
         arrived()
         hosts.fail("nvme0.fail_data_size")
