@@ -25,6 +25,7 @@ from common.host.host import Host
 from common.ipc.channel import ClosedError, RequestError
 from common.logs import enter_session
 from common.machine.attachments import without_attachments
+from common.machine.client import Rest
 from common.machine.config import to_json
 from common.machine.device import DEFERRED_BYTES
 from common.machine.record import Ownership
@@ -363,7 +364,7 @@ class Migration:
             last_mappings = self._pool.submit(self._streams.mappings.send, changes)
         hooks.reach("source.paused")
         with self._account.downtime("quiesce"):
-            self._machine.quiesce()
+            rest = self._machine.quiesce()
         hooks.reach("source.stopped")
         devices = self._streams.devices
         together = [[stream] for stream in devices] if hooks.guarded("parallel-device-streams") else [devices]
@@ -381,13 +382,12 @@ class Migration:
         with self._account.downtime("devices"):
             for sent in (*last_bytes, last_mappings):
                 sent.result()
-            self._finish()
+            self._finish(rest)
         if self._verifier is not None and self._request.verify == Verify.VERIFY_MODE_STRICT:
             with self._account.downtime("verification"):
                 self._compare(self._verifier)
 
-    def _finish(self) -> None:
-        rest = self._machine.rest()
+    def _finish(self, rest: Rest) -> None:
         self._account.moved(self._streams.devices, rest.devices)
         # The guest's clock goes on where it stopped, on a host whose own clock counts from another moment.
         rest.vcpu["clock_offset_ns"] -= self._clock.offset_ns

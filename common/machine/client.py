@@ -289,17 +289,12 @@ class MachineClient:
         running: bool = self._client.call("pause_vcpus")["running"]
         return running
 
-    def quiesce(self) -> None:
-        """Take all devices out of peer-to-peer DMA, then stop all (contract M3)."""
-        self._client.call("quiesce")
+    def quiesce(self) -> Rest:
+        """Take all devices out of peer-to-peer DMA, then stop all (contract M3); return what is left beside their data.
 
-    def leave_stop_copy(self, name: str) -> None:
-        """End a device's saving session: it is in STOP."""
-        self._client.call("leave_stop_copy", name=name)
-
-    def rest(self) -> Rest:
-        """Take what is left: vCPU state, config spaces, pending interrupts and doorbells out of every eventfd."""
-        reply = self._client.call("rest")
+        Pending interrupts and doorbells are taken out of every eventfd.
+        """
+        reply = self._client.call("quiesce")
         view = memoryview(reply.payload)
         devices = []
         offset = 0
@@ -309,6 +304,10 @@ class MachineClient:
             pending = Pending(tuple(members["vectors"]), tuple(members["doorbells"]))
             devices.append(DeviceConfig(members["name"], config, pending))
         return Rest(reply["vcpu"], tuple(devices))
+
+    def leave_stop_copy(self, name: str) -> None:
+        """End a device's saving session: it is in STOP."""
+        self._client.call("leave_stop_copy", name=name)
 
     def digests(self, most: int | None = None) -> dict[str, Digest]:
         """Hash what can be read of the stopped devices, of each at most `most` bytes."""

@@ -40,7 +40,6 @@ class Leaving:
         self._machine = machine
         self._dirty: dict[str, DirtyBitmap] = {}
         self._stopped = False
-        self._configs: dict[str, bytes] = {}
         self._tracked_since_ns = 0
         self._stopped_since_ns = 0
         for container in machine.containers.values():
@@ -105,27 +104,25 @@ class Leaving:
                 self._machine.vcpus.pause()
             return self.running
 
-    def stop_devices(self) -> None:
-        """Quiesce all devices, then take all to STOP_COPY.
+    def stop_devices(self) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Pending]]:
+        """Quiesce all devices, then take all to STOP_COPY; return what is left beside RAM, devices' data and mappings.
 
-        Their config spaces are read in between: nobody writes there any more, and in STOP_COPY libvfio-user answers no
-        access to a region.
+        That is the vCPU's state, config spaces, and what was pending, which is taken out of the eventfds. Config spaces
+        are read between the two steps: nobody writes there any more, and in STOP_COPY libvfio-user answers no access to
+        a region.
         """
-        self._machine.precopy = False
-        self._machine.quiesce()
-        self._configs = {name: device.config_space() for name, device in self._machine.devices.items()}
+        machine = self._machine
+        machine.precopy = False
+        machine.quiesce()
+        configs = {name: device.config_space() for name, device in machine.devices.items()}
         _log.debug("vfio_vmstate_change", running=False)
-        self._machine.enter_all(DeviceState.STOP_COPY, recover=DeviceState.STOP)
+        machine.enter_all(DeviceState.STOP_COPY, recover=DeviceState.STOP)
         self._stopped = True
         self._stopped_since_ns = time.monotonic_ns()
-
-    def rest(self) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Pending]]:
-        """Return vCPU state, config spaces, and what was pending, which is taken out of the eventfds."""
-        devices, pending = self._machine.devices, self._machine.pending
-        for name, device in devices.items():
+        for name, device in machine.devices.items():
             # A machine that came paused has not signalled yet what was pending when it came.
-            pending[name] = device.drain() | pending.get(name, Pending())
-        return self._machine.vcpus.state_out(), self._configs, dict(pending)
+            machine.pending[name] = device.drain() | machine.pending.get(name, Pending())
+        return machine.vcpus.state_out(), configs, dict(machine.pending)
 
     def could_have_written(self, page: int) -> list[str]:
         """Return who could have written a page by DMA while it was tracked, and how that was tracked.

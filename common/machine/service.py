@@ -175,15 +175,7 @@ class _Connection:
             *(self.shutdown, self.begin, self.running, self.start_tracking, self.enter_precopy),
             *(self.read_device, self.sizes),
             *(self.mapping_changes, self.sync, self.throttle, self.pause_vcpus, self.quiesce, self.leave_stop_copy),
-            *(
-                self.rest,
-                self.digests,
-                self.explain,
-                self.late_writes,
-                self.end,
-                self.enter_resuming,
-                self.change_mappings,
-            ),
+            *(self.digests, self.explain, self.late_writes, self.end, self.enter_resuming, self.change_mappings),
             *(self.write_device, self.restart_device, self.load, self.take_over),
         ]
         return {handler.__name__: handler for handler in asked}
@@ -303,18 +295,8 @@ class _Connection:
     def pause_vcpus(self, _: Message) -> dict[str, Any]:
         return {"running": self._leaving().pause_vcpus()}
 
-    def quiesce(self, _: Message) -> None:
-        self._leaving().stop_devices()
-
-    def leave_stop_copy(self, request: Message) -> None:
-        self._leaving()
-        device = self._machine.devices[request["name"]]
-        # The request may have waited while the migration was ended, and the device runs: it is left alone then.
-        self._machine.enter(device, DeviceState.STOP, recover=DeviceState.STOP, only_from=DeviceState.STOP_COPY)
-        _log.debug("vfio_save_cleanup", device=request["name"])
-
-    def rest(self, _: Message) -> Message:
-        vcpu, configs, pending = self._leaving().rest()
+    def quiesce(self, _: Message) -> Message:
+        vcpu, configs, pending = self._leaving().stop_devices()
         devices = [
             {
                 "name": name,
@@ -325,6 +307,13 @@ class _Connection:
             for name, config in configs.items()
         ]
         return Message({"vcpu": vcpu, "devices": devices}, b"".join(configs.values()))
+
+    def leave_stop_copy(self, request: Message) -> None:
+        self._leaving()
+        device = self._machine.devices[request["name"]]
+        # The request may have waited while the migration was ended, and the device runs: it is left alone then.
+        self._machine.enter(device, DeviceState.STOP, recover=DeviceState.STOP, only_from=DeviceState.STOP_COPY)
+        _log.debug("vfio_save_cleanup", device=request["name"])
 
     def digests(self, request: Message) -> dict[str, Any]:
         found = self._machine.digests(request["most"])
