@@ -34,6 +34,8 @@ class Loading:
             raise bad(f"{name}: unknown record kind {record.kind}")
         if bool(record.data) != (record.kind in _DATA_KINDS):
             raise bad(f"{name}: a record of kind {Kind.Name(record.kind)} with {len(record.data)} bytes")
+        if record.last and record.kind != Kind.DEVICE_STATE_KIND_STOP_COPY_DATA:
+            raise bad(f"{name}: a record of kind {Kind.Name(record.kind)} cannot be the last")
 
     def applied(self, record: migration_pb2.SendDeviceStateRequest) -> None:
         """Note that the device has taken a record."""
@@ -41,7 +43,7 @@ class Loading:
         if record.kind == Kind.DEVICE_STATE_KIND_RESTART:
             self.initial_data_loaded = False
         self.initial_data_loaded |= record.kind == Kind.DEVICE_STATE_KIND_INIT_DATA_SENT and self._has_precopy
-        self.ended = record.kind == Kind.DEVICE_STATE_KIND_END
+        self.ended = record.kind == Kind.DEVICE_STATE_KIND_END or record.last
 
     def ack(self) -> migration_pb2.SendDeviceStateResponse:
         """Return the ack of all that the device has taken."""

@@ -110,9 +110,14 @@ class DeviceStream:
         device: DeviceInfo,
         machine: MachineClient,
         limiter: Limiter,
-        loads_ahead: bool,  # noqa: FBT001  # the one thing that differs between streams
+        *,
+        loads_ahead: bool,
+        marks_last: bool,
     ) -> None:
-        """Open the stream. `machine` is a connection of its own; `loads_ahead`: both ends have pre-copy."""
+        """Open the stream. `machine` is a connection of its own.
+
+        `loads_ahead`: both ends have pre-copy; `marks_last`: the destination knows by a mark that data are the last.
+        """
         self.device = device
         self._machine = machine
         self._limiter = limiter
@@ -127,6 +132,7 @@ class DeviceStream:
         self._pending_bytes = 0
         self._stop_copy_length = -1
         self._loads_ahead = loads_ahead
+        self._marks_last = marks_last
         self._buffer_size = READ_SIZE
         self._session = 0  # of what was read last; 0: there was none
         self._newest_session = 0  # that we have heard of
@@ -210,14 +216,13 @@ class DeviceStream:
             self._session = self._newest_session = saved.session
         if saved.data:
             self._sent_in_session = True
-            self._send(kind, bytes(saved.data))
+            self._send(kind, bytes(saved.data), last=saved.ended and self._marks_last)
         return saved
 
-    def _send(self, kind: migration_pb2.DeviceStateKind.ValueType, data: bytes = b"") -> None:
+    def _send(self, kind: migration_pb2.DeviceStateKind.ValueType, data: bytes = b"", *, last: bool = False) -> None:
         self._limiter.take(len(data))
-        self._stream.send(
-            migration_pb2.SendDeviceStateRequest(sequence=self._stream.next_sequence(), kind=kind, data=data)
-        )
+        number = self._stream.next_sequence()
+        self._stream.send(migration_pb2.SendDeviceStateRequest(sequence=number, kind=kind, data=data, last=last))
 
     def remaining(self) -> int:
         """Ask what the device would have to send if it stopped now, in bytes; raise what went wrong in pre-copy.
@@ -272,7 +277,8 @@ class DeviceStream:
             self.stop_copy_bytes += len(saved.data)
             if self.stop_copy_bytes > most:
                 raise EndlessStateError(f"{self.device.name}: more than {most} bytes of state in STOP_COPY, and no end")
-        self._send(Kind.DEVICE_STATE_KIND_END)
+            if ended and not (saved.data and self._marks_last):
+                self._send(Kind.DEVICE_STATE_KIND_END)
         self._stream.drain()
 
     def leave_stop_copy(self) -> None:

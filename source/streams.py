@@ -62,7 +62,16 @@ class Streams:
             self.devices: list[DeviceStream] = []
             for device in devices:
                 loads_ahead = device.has_precopy and bool(peers.get(device.name, 0) & MigrationFlags.PRE_COPY)
-                stream = DeviceStream(open_channel, session_id, link, device, machine.another(), limiter, loads_ahead)
+                stream = DeviceStream(
+                    open_channel,
+                    session_id,
+                    link,
+                    device,
+                    machine.another(),
+                    limiter,
+                    loads_ahead=loads_ahead,
+                    marks_last=versions.LAST_RECORD in features,
+                )
                 opened.callback(stream.close, abort=True)
                 self.devices.append(stream)
             opened.pop_all()

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 __all__ = [
     "FEATURES",
     "HIGHEST",
+    "LAST_RECORD",
     "LOWEST",
     "MAX_RECONNECT_SECONDS",
     "PACKING",
@@ -26,7 +27,8 @@ RECONNECT = "reconnect"
 MAX_RECONNECT_SECONDS = 3600.0
 PACKING = "packing"
 PLAIN_16M = "plain-16m"
-FEATURES = frozenset({PACKING, PLAIN_16M, RECONNECT})
+LAST_RECORD = "last-record"
+FEATURES = frozenset({LAST_RECORD, PACKING, PLAIN_16M, RECONNECT})
 """What this daemon has beyond the version, by the names in docs/protocol.md."""
 
 

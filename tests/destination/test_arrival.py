@@ -257,7 +257,7 @@ class Rig:
         self.prepare(**changes)
         assert self.pages(batch(1)) == [1]
         self.records(device_record(1, END))
-        self.records(device_record(1, DATA, b"xyz"), device_record(2, END), device="nvme0")
+        self.records(device_record(1, DATA, b"xy"), device_record(2, DATA, b"z", last=True), device="nvme0")
 
     def ready(self, **changes: Any) -> None:
         self.all_has_come(**changes)
@@ -316,8 +316,9 @@ def batch(sequence: int, first: int = 3, pages: int = 2, fill: int = 7) -> PageB
     return PageBatch(sequence, 0, Encoding.RAW, *numbers, zero, payload)
 
 
-def device_record(sequence: int, kind: int, data: bytes = b"") -> pb.SendDeviceStateRequest:
-    return pb.SendDeviceStateRequest(sequence=sequence, kind=pb.DeviceStateKind.ValueType(kind), data=data)
+def device_record(sequence: int, kind: int, data: bytes = b"", *, last: bool = False) -> pb.SendDeviceStateRequest:
+    kind_of_it = pb.DeviceStateKind.ValueType(kind)
+    return pb.SendDeviceStateRequest(sequence=sequence, kind=kind_of_it, data=data, last=last)
 
 
 def refused(call: Callable[[], object]) -> str:
@@ -608,6 +609,17 @@ def test_a_device_without_precopy_acknowledges_no_initial_data(rig: Rig) -> None
         ("nic0", [device_record(1, END, b"x")], "nic0: a record of kind DEVICE_STATE_KIND_END with 1 bytes"),
         ("nic0", [device_record(1, RESTART, b"x")], "nic0: a record of kind DEVICE_STATE_KIND_RESTART with 1 bytes"),
         ("nic0", [device_record(1, END), device_record(2, RESTART)], "nic0: a record after the end"),
+        (
+            "nic0",
+            [device_record(1, DATA, b"", last=True)],
+            "nic0: a record of kind DEVICE_STATE_KIND_STOP_COPY_DATA with 0 bytes",
+        ),
+        (
+            "nic0",
+            [device_record(1, PRECOPY, b"x", last=True)],
+            "nic0: a record of kind DEVICE_STATE_KIND_PRECOPY_DATA cannot be the last",
+        ),
+        ("nic0", [device_record(1, END, last=True)], "nic0: a record of kind DEVICE_STATE_KIND_END cannot be the last"),
     ],
 )
 def test_records_that_are_not_in_order_are_refused(
@@ -616,6 +628,13 @@ def test_records_that_are_not_in_order_are_refused(
     rig.prepare()
     assert refused(lambda: rig.records(*records, device=device)) == f"BAD_REQUEST: {said}"
     assert rig.state() == REVOKED and not rig.machine.did("write_device")
+
+
+def test_nothing_comes_behind_the_last_data(rig: Rig) -> None:
+    rig.prepare()
+    rig.records(device_record(1, DATA, b"x", last=True))
+    assert refused(lambda: rig.records(device_record(2, END))) == "BAD_REQUEST: nic0: a record after the end"
+    assert rig.machine.did("write_device") == [("write_device", "nic0", b"x")]
 
 
 def test_a_device_that_does_not_take_its_data_ends_the_session(rig: Rig) -> None:

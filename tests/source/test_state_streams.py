@@ -90,7 +90,7 @@ class Destination:
                 self.records.put(record)
                 yield pb.SendMappingsResponse(applied_sequence=record.sequence)
                 continue
-            self.records.put((record.kind, bytes(record.data)))
+            self.records.put((record.kind, bytes(record.data), *(("last",) if record.last else ())))
             loaded = (loaded or record.kind == LOADED) and record.kind != RESTART
             answer = pb.SendDeviceStateResponse(
                 applied_sequence=record.sequence, initial_data_loaded=loaded and self.loads
@@ -117,14 +117,21 @@ Opened = tuple[DeviceStream, Device, Destination]
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Opened]]:
     made: list[DeviceStream] = []
 
-    def start(flags: int = 7, *, loads_ahead: bool = True) -> Opened:
+    def start(flags: int = 7, *, loads_ahead: bool = True, marks_last: bool = True) -> Opened:
         device, destination = Device(), Destination()
         monkeypatch.setattr(state_streams.migration_pb2_grpc, "MigrationServiceStub", lambda _channel: destination)
         info = DeviceInfo("nic0", "nic", flags, "RUNNING", comparable_dump=True)
         machine = cast("MachineClient", device)
         made.append(
             DeviceStream(
-                lambda: cast("grpc.Channel", Channel()), "5e55", LINK, info, machine, Limiter(None), loads_ahead
+                lambda: cast("grpc.Channel", Channel()),
+                "5e55",
+                LINK,
+                info,
+                machine,
+                Limiter(None),
+                loads_ahead=loads_ahead,
+                marks_last=marks_last,
             )
         )
         return made[-1], device, destination
@@ -156,15 +163,24 @@ def test_no_more_is_read_at_once_than_there_is(opened: Callable[..., Opened], le
     assert device.asked == [asked]
 
 
-def test_what_is_known_to_be_all_is_not_asked_for_more(opened: Callable[..., Opened]) -> None:
-    stream, device, destination = opened(flags=1)
+@pytest.mark.parametrize(
+    ("marks_last", "sent"),
+    [
+        (True, [(STOP_COPY, b"almost"), (STOP_COPY, b"all", "last")]),
+        (False, [(STOP_COPY, b"almost"), (STOP_COPY, b"all"), (END, b"")]),
+    ],
+)
+def test_what_is_known_to_be_all_is_not_asked_for_more(
+    opened: Callable[..., Opened], marks_last: bool, sent: list[Any]
+) -> None:
+    stream, device, destination = opened(flags=1, marks_last=marks_last)
     device.ends = True
     device.reads.put((1, b"almost"))
     device.reads.put((1, b"all"))
     stream.start()
     stream.stop_copy()
-    assert destination.take(3) == [(STOP_COPY, b"almost"), (STOP_COPY, b"all"), (END, b"")]
-    assert len(device.asked) == 2
+    assert destination.take(len(sent)) == sent
+    assert destination.records.empty() and len(device.asked) == 2
 
 
 def test_a_device_that_fails_to_say_its_length_is_read_with_a_whole_buffer(opened: Callable[..., Opened]) -> None:

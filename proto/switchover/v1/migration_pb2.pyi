@@ -495,22 +495,26 @@ class SendDeviceStateRequest(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts this device's records from 1, without gaps."""
     kind: Global___DeviceStateKind.ValueType
     """What the record is."""
     data: _builtins.bytes
     """The device's bytes; empty where the kind has none."""
+    last: _builtins.bool
+    """With STOP_COPY_DATA: these bytes are the last, and the stream is complete, as by END."""
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         kind: Global___DeviceStateKind.ValueType = ...,
         data: _builtins.bytes = ...,
+        last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "last", b"last", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
