@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import pytest
 from hypothesis import given
@@ -55,87 +55,145 @@ def test_no_record_is_none(tmp_path: Path) -> None:
     assert record.read(tmp_path / "record.json") is None
 
 
-class Torn:
-    """A file of which only the first characters reach the disk."""
+class Power:
+    """Fails before the n-th step that reaches the disk, and leaves `kept` bytes of what was being written."""
 
-    def __init__(self, file: IO[str], kept: int) -> None:
-        self._file, self._kept = file, kept
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int = 100, kept: int | None = None) -> None:
+        self.order: list[str] = []
+        self._fails_at = fails_at
+        real_open = Path.open
 
-    def write(self, text: str) -> None:
-        self._file.write(text[: self._kept])
-        self._kept -= len(text)
-        if self._kept < 0:
-            self._file.flush()
+        def open_file(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+            file = real_open(path, mode, *args, **options)
+            if mode != "r+b":
+                return file
+            return Disk(file, self, kept)
+
+        monkeypatch.setattr(Path, "open", open_file)
+        for module, name in ((os, "fsync"), (os, "fdatasync"), (Path, "rename")):
+            monkeypatch.setattr(module, name, self._failing(name, getattr(module, name)))
+
+    def _failing(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            is_directory = name == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode)
+            self.step(f"{name} of the directory" if is_directory else name)
+            return real(*args)
+
+        return call
+
+    def step(self, name: str) -> None:
+        if len(self.order) == self._fails_at:
+            raise PowerFailureError
+        self.order.append(name)
+
+
+class Disk:
+    """A file that is written over, of which only the first bytes may get to the disk."""
+
+    def __init__(self, file: IO[bytes], power: Power, kept: int | None) -> None:
+        self._file, self._power, self._kept = file, power, kept
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes) -> None:
+        self._power.step("write")
+        self._file.write(data[: self._kept])
+        if self._kept is not None:
             raise PowerFailureError
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
 
-class Power:
-    """Fails before the n-th step that reaches the disk."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
-        self.order: list[str] = []
-        fsync, rename = os.fsync, Path.rename
-
-        def step(name: str) -> None:
-            if len(self.order) == fails_at:
-                raise PowerFailureError
-            self.order.append(name)
-
-        def failing_fsync(fd: int) -> None:
-            step("fsync " + ("directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"))
-            fsync(fd)
-
-        def failing_rename(path: Path, target: Path) -> Path:
-            step("rename")
-            return rename(path, target)
-
-        monkeypatch.setattr(os, "fsync", failing_fsync)
-        monkeypatch.setattr(Path, "rename", failing_rename)
-
-
 def test_is_on_disk_before_it_has_its_name_and_the_name_before_anyone_acts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    power = Power(monkeypatch, fails_at=100)
+    power = Power(monkeypatch)
     record.write(tmp_path / "record.json", NEW)
-    assert power.order == ["fsync file", "rename", "fsync directory"]
+    assert power.order == ["fsync", "rename", "fsync of the directory"]
+
+
+def test_a_later_one_takes_one_flush_and_no_new_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    record.write(path, OLD)
+    before = path.stat()
+    power = Power(monkeypatch)
+    for written in (NEW, OLD, NEW):
+        power.order.clear()
+        record.write(path, written)
+        assert record.read(path) == written and power.order == ["write", "fdatasync"]
+    after = path.stat()
+    assert (after.st_ino, after.st_size, after.st_blocks) == (before.st_ino, before.st_size, before.st_blocks)
 
 
 @pytest.mark.parametrize("step", range(3))
-@pytest.mark.parametrize("before", [None, OLD])
-def test_a_failure_at_any_step_leaves_the_old_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, before: Record | None
+def test_a_failure_of_the_first_one_leaves_none_or_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     path = tmp_path / "record.json"
-    if before is not None:
-        record.write(path, before)
     with monkeypatch.context() as patch:
         Power(patch, step)
         with pytest.raises(PowerFailureError):
             record.write(path, NEW)
-    assert record.read(path) == (before if step < 2 else NEW)
-    record.write(path, NEW)  # what was left behind is in nobody's way
+    assert record.read(path) == (None if step < 2 else NEW)
+    record.write(path, OLD)  # what was left behind is in nobody's way
+    assert record.read(path) == OLD
+
+
+@pytest.mark.parametrize("written", [1, 2, 3])
+@pytest.mark.parametrize("kept", [0, 1, 8, 9, 10, 50, 150])
+def test_what_is_torn_is_never_read_and_what_counted_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, kept: int
+) -> None:
+    path = tmp_path / "record.json"
+    for number in range(written):
+        record.write(path, replace(OLD, incarnation=number))
+    counts = replace(OLD, incarnation=written - 1)
+    with monkeypatch.context() as patch:
+        Power(patch, kept=kept)
+        with pytest.raises(PowerFailureError):
+            record.write(path, NEW)
+    assert record.read(path) == counts
+    record.write(path, NEW)
     assert record.read(path) == NEW
 
 
-@pytest.mark.parametrize("kept", [0, 1, 10, 50])
-def test_a_torn_write_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+def test_what_was_written_and_not_flushed_is_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "record.json"
     record.write(path, OLD)
-    real = Path.open
-
-    @contextmanager
-    def torn(path: Path, *args: Any, **options: Any) -> Iterator[Torn]:
-        with real(path, *args, **options) as file:
-            yield Torn(file, kept)
-
+    on_disk = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", torn)
+        Power(patch, fails_at=1)
         with pytest.raises(PowerFailureError):
             record.write(path, NEW)
+    assert record.read(path) == NEW
+    written = path.read_bytes()
+    # Whichever of its sectors have got there.
+    for at in range(0, len(on_disk), 512):
+        path.write_bytes(written[:at] + on_disk[at:])
+        assert record.read(path) in (OLD, NEW)
+        path.write_bytes(on_disk[:at] + written[at:])
+        assert record.read(path) in (OLD, NEW)
+
+
+def test_a_shorter_record_is_not_read_with_the_end_of_a_longer_one(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    for written in (OLD, replace(NEW, peer="b" * 9000), OLD, NEW):
+        record.write(path, written)
+        assert record.read(path) == written
+
+
+def test_a_record_for_which_there_is_no_room_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    record.write(path, OLD)
+    with pytest.raises(OSError, match="a record of 2"):
+        record.write(path, replace(OLD, peer="b" * 20_000))
     assert record.read(path) == OLD
 
 
@@ -173,3 +231,5 @@ def test_what_an_older_version_wrote_is_read(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_bytes(text())
     assert record.read(path) == Record("u", "vm", 1, Ownership.OWNER, "/d", "", "")
+    record.write(path, NEW)
+    assert record.read(path) == NEW

@@ -25,6 +25,7 @@ from common.guest.programs.driver_nic import NicDriver, NicKnobs
 from common.guest.programs.driver_nvme import NvmeDriver, NvmeKnobs
 from common.guest.programs.iova import TOP
 from common.guest.programs.program import Area
+from common.machine import record
 from common.machine.board import AREA_SIZE, FIRST_AREA
 from common.machine.client import Changes, MachineClient, MappingChange
 from common.memory.layout import PAGE_SIZE
@@ -142,8 +143,9 @@ class Stage:
 
     def machine(self) -> MachineClient:
         """Connect to the machine process, behind the daemon's back."""
-        record = json.loads((self.here.state_dir / "record.json").read_text())
-        return MachineClient.connect(Path(record["directory"]))
+        known = record.read(self.here.state_dir / "record.json")
+        assert known is not None
+        return MachineClient.connect(Path(known.directory))
 
     def remap(self, gone: MappingChange | None, back: MappingChange | None) -> None:
         """Change the machine's mappings."""
