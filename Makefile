@@ -37,8 +37,10 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
 demo: $(VENV)/.installed
 	@$(BIN)/switchover demo
 
+# Two at a time, for they wait for processes more than half of their time; those of a file share hosts, so they stay
+# together, and files with few of them, which take longest, are not left to the end.
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Every device failure, tracking strategy and scenario: several minutes of real processes.
 test-matrix: $(VENV)/.installed

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -10,6 +11,12 @@ from hypothesis import HealthCheck, settings
 # How long an example takes depends on what else the machine does: that is not what these tests are about.
 settings.register_profile("switchover", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("switchover")
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a short name, whatever the test is called: the path of a socket has 107 bytes at most."""
+    return tmp_path_factory.mktemp("t")
 
 
 @pytest.fixture(autouse=True)

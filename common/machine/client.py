@@ -16,6 +16,7 @@ from google.protobuf import json_format
 from switchover.v1 import host_pb2
 
 from common.ipc.channel import Buffer, Client, ClosedError
+from common.machine import SOCKET
 from common.machine.config import MachineSpec, from_json
 from common.machine.device import Digest, Pending, Saved
 from common.machine.record import Ownership
@@ -24,7 +25,6 @@ from common.memory.ram import GuestRam
 from common.vfio.migration import MigrationFlags
 
 __all__ = [
-    "SOCKET",
     "Changes",
     "DeviceConfig",
     "DeviceInfo",
@@ -35,8 +35,6 @@ __all__ = [
     "SyncReport",
     "Tracking",
 ]
-
-SOCKET = "machine.sock"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from common.ipc.channel import Client
-from common.machine.client import SOCKET, MachineClient
+from common.machine import SOCKET
+from common.machine.client import MachineClient
 from common.machine.config import MachineSpec, to_json
 
 __all__ = ["launch"]

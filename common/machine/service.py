@@ -19,8 +19,7 @@ import structlog
 
 from common.iommu.iova_tree import Mapping
 from common.ipc.channel import ClosedError, Handler, Message, RequestError, serve
-from common.machine import record
-from common.machine.client import SOCKET
+from common.machine import SOCKET, record
 from common.machine.config import to_json
 from common.machine.device import Pending
 from common.machine.machine import Machine

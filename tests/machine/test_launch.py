@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from common.ipc.channel import ClosedError
+from common.machine import SOCKET
 from common.machine import launch as launch_module
-from common.machine.client import SOCKET, MachineClient
+from common.machine.client import MachineClient
 from common.machine.config import MachineSpec, ViommuSpec, from_json
 from common.machine.launch import launch
 
