@@ -91,6 +91,21 @@ class PlainGrpc:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainZstd:
+    """Plain sockets with zstd."""
+
+    streams: int
+
+    @property
+    def name(self) -> str:
+        return f"plain sockets, {self.streams}, zstd 1"
+
+    def move(self, stage: Stage) -> Sample:
+        _require_unlimited(stage.link)
+        return plain.move(stage.link, stage.source_ram, stage.destination_ram, self.streams, "benchmarks.plain_zstd")
+
+
+@dataclass(frozen=True, slots=True)
 class Iperf3:
     """iperf3."""
 
@@ -181,7 +196,7 @@ LOOPBACK_ROWS: Sequence[Row] = (
     Ours("--verify off --lane-kind tcp --lanes 2 --compress auto"),
 )
 LINK_ROWS: Sequence[Row] = (
-    *(Sockets(1), DEFAULT, _multifd(2), _multifd(2, 1), _multifd(4, 1), XBZRLE),
+    *(Sockets(1), PlainZstd(2), DEFAULT, _multifd(2), _multifd(2, 1), _multifd(4, 1), XBZRLE),
     Ours("--verify off"),
     Ours("--verify off --lane-kind tcp --lanes 2"),
     Ours("--verify off --compress lz4"),

@@ -1,6 +1,7 @@
 """The ceiling: plain Python sockets from one RAM file into another, and iperf3, which touches no RAM at all.
 
-Run as a program it is one end of the former: `python -m benchmarks.plain receive FILE STREAMS ADDRESS` and `send`.
+Run as a program it is one end of the former: `python -m benchmarks.plain receive FILE STREAMS ADDRESS` and `send`;
+[plain_zstd.py](plain_zstd.py) is such a program too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,14 @@ from benchmarks.link import Link
 from benchmarks.ram_file import clear, differing_pages
 from benchmarks.samples import Sample
 
-__all__ = ["has_iperf3", "mapped", "move", "move_by_iperf3"]
+__all__ = ["Work", "has_iperf3", "mapped", "move", "move_by_iperf3", "one_end", "receive_into"]
 
 PIECE = 4 << 20
 IPERF3_PORT = 5201
 START_S = 10.0
+
+Work = Callable[[socket.socket, memoryview], int]
+"""What is done with a stream and its share of RAM; returns how many bytes have gone over it."""
 
 
 def move(link: Link, source_ram: Path, destination_ram: Path, streams: int, module: str = __name__) -> Sample:
@@ -52,7 +56,7 @@ def move(link: Link, source_ram: Path, destination_ram: Path, streams: int, modu
         raise OSError(f"{module}: {differing} pages differ at the destination")
     size = source_ram.stat().st_size
     source, destination = json.loads(sent.stdout), json.loads(received)
-    return Sample(size, source["seconds"], size, source["cpu_s"], destination["cpu_s"])
+    return Sample(size, source["seconds"], source.get("sent", size), source["cpu_s"], destination["cpu_s"])
 
 
 @contextmanager
@@ -64,8 +68,11 @@ def mapped(path: str) -> Iterator[memoryview]:
             yield view
 
 
-def _end(role: str, path: str, streams: int, address: str) -> None:
+def one_end(arguments: Sequence[str], send: Work, receive: Work) -> None:
+    """Be one end, as `arguments` (see above) say, and print what it took: each stream has its share of the file."""
+    role, path, count, address = arguments
     host, _, port = address.partition(":")
+    streams = int(count)
     with mapped(path) as memory:
         share = len(memory) // streams
         views = [memory[index * share : (index + 1) * share] for index in range(streams)]
@@ -73,36 +80,41 @@ def _end(role: str, path: str, streams: int, address: str) -> None:
             with socket.create_server((host, 0), backlog=streams) as server:
                 print(server.getsockname()[1], flush=True)
                 sockets = [server.accept()[0] for _ in views]
-            work: Callable[[socket.socket, memoryview], None] = _receive
         else:
             sockets = [socket.create_connection((host, int(port))) for _ in views]
-            work = _send
         began, cpu = time.monotonic(), time.process_time()
         with ThreadPoolExecutor(streams) as pool:
-            list(pool.map(work, sockets, views))
-        told = {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
+            sent = sum(pool.map(receive if role == "receive" else send, sockets, views))
+        told = {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu, "sent": sent}
         for view in views:
             view.release()
     print(json.dumps(told), flush=True)
 
 
-def _send(connection: socket.socket, view: memoryview) -> None:
+def _send(connection: socket.socket, view: memoryview) -> int:
     with connection:
         for start in range(0, len(view), PIECE):
             connection.sendall(view[start : start + PIECE])
         if connection.recv(1) != b"!":
             raise ConnectionError("the other end has not received all")
+    return len(view)
 
 
-def _receive(connection: socket.socket, view: memoryview) -> None:
+def _receive(connection: socket.socket, view: memoryview) -> int:
     with connection:
-        done = 0
-        while done < len(view):
-            got = connection.recv_into(view[done : done + PIECE])
-            if not got:
-                raise ConnectionError("the other end has gone")
-            done += got
+        receive_into(connection, view)
         connection.sendall(b"!")
+    return len(view)
+
+
+def receive_into(connection: socket.socket, view: memoryview) -> None:
+    """Fill `view` with what comes next."""
+    done = 0
+    while done < len(view):
+        got = connection.recv_into(view[done : done + PIECE])
+        if not got:
+            raise ConnectionError("the other end has gone")
+        done += got
 
 
 def has_iperf3() -> bool:
@@ -138,4 +150,4 @@ def _iperf3(link: Link, size: int, streams: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _end(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    one_end(sys.argv[1:], _send, _receive)
