@@ -49,7 +49,7 @@ def _send(connection: socket.socket, view: memoryview) -> int:
 def _receive(connection: socket.socket, view: memoryview) -> int:
     decompressor = zstandard.ZstdDecompressor()
     pages, received = _pages(view), 0
-    room = memoryview(bytearray(MAX_UNIT_PAGES * PAGE_SIZE))
+    room = memoryview(bytearray(2 * MAX_UNIT_PAGES * PAGE_SIZE))  # what cannot be packed becomes a little larger
     with connection:
         for start in range(0, len(pages), MAX_UNIT_PAGES):
             unit = pages[start : start + MAX_UNIT_PAGES]

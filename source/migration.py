@@ -364,7 +364,7 @@ class Migration:
             last_mappings = self._pool.submit(self._streams.mappings.send, changes)
         hooks.reach("source.paused")
         with self._account.downtime("quiesce"):
-            rest = self._machine.quiesce()
+            rest = self._machine.stop_devices()
         hooks.reach("source.stopped")
         devices = self._streams.devices
         together = [[stream] for stream in devices] if hooks.guarded("parallel-device-streams") else [devices]

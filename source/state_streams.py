@@ -133,6 +133,7 @@ class DeviceStream:
         self._stop_copy_length = -1
         self._loads_ahead = loads_ahead
         self._marks_last = marks_last
+        self._ended = False  # so marked
         self._buffer_size = READ_SIZE
         self._session = 0  # of what was read last; 0: there was none
         self._newest_session = 0  # that we have heard of
@@ -216,7 +217,8 @@ class DeviceStream:
             self._session = self._newest_session = saved.session
         if saved.data:
             self._sent_in_session = True
-            self._send(kind, bytes(saved.data), last=saved.ended and self._marks_last)
+            self._ended = saved.ended and self._marks_last
+            self._send(kind, bytes(saved.data), last=self._ended)
         return saved
 
     def _send(self, kind: migration_pb2.DeviceStateKind.ValueType, data: bytes = b"", *, last: bool = False) -> None:
@@ -277,8 +279,8 @@ class DeviceStream:
             self.stop_copy_bytes += len(saved.data)
             if self.stop_copy_bytes > most:
                 raise EndlessStateError(f"{self.device.name}: more than {most} bytes of state in STOP_COPY, and no end")
-            if ended and not (saved.data and self._marks_last):
-                self._send(Kind.DEVICE_STATE_KIND_END)
+        if not self._ended:
+            self._send(Kind.DEVICE_STATE_KIND_END)
         self._stream.drain()
 
     def leave_stop_copy(self) -> None:

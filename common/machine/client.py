@@ -15,8 +15,8 @@ from typing import Any
 from google.protobuf import json_format
 from switchover.v1 import host_pb2
 
-from common.ipc.channel import Buffer, Client, ClosedError
-from common.machine import SOCKET
+from common.ipc.channel import Buffer, Client, ClosedError, RequestError
+from common.machine import REQUESTS, SOCKET
 from common.machine.config import MachineSpec, from_json
 from common.machine.device import Digest, Pending, Saved
 from common.machine.record import Ownership
@@ -235,8 +235,17 @@ class MachineClient:
     # Leaving: in the order in which a migration calls them.
 
     def begin(self, session_id: str) -> bool:
-        """Start a migration that belongs to this connection; return whether the machine runs (False: it is paused)."""
-        running: bool = self._client.call("begin", session_id=session_id)["running"]
+        """Start a migration that belongs to this connection; return whether the machine runs (False: it is paused).
+
+        RequestError MACHINE_VERSION: its process was started by another version, and knows other requests.
+        """
+        reply = self._client.call("begin", session_id=session_id).header
+        if reply.get("requests") != REQUESTS:
+            raise RequestError(
+                "MACHINE_VERSION",
+                "the machine was started by another version of Switchover; to be migrated it must be ended and started",
+            )
+        running: bool = reply["running"]
         return running
 
     def start_tracking(self) -> list[Tracking]:
@@ -287,12 +296,12 @@ class MachineClient:
         running: bool = self._client.call("pause_vcpus")["running"]
         return running
 
-    def quiesce(self) -> Rest:
+    def stop_devices(self) -> Rest:
         """Take all devices out of peer-to-peer DMA, then stop all (contract M3); return what is left beside their data.
 
         Pending interrupts and doorbells are taken out of every eventfd.
         """
-        reply = self._client.call("quiesce")
+        reply = self._client.call("stop_devices")
         view = memoryview(reply.payload)
         devices = []
         offset = 0

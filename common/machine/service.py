@@ -19,7 +19,7 @@ import structlog
 
 from common.iommu.iova_tree import Mapping
 from common.ipc.channel import ClosedError, Handler, Message, RequestError, serve
-from common.machine import SOCKET, record
+from common.machine import REQUESTS, SOCKET, record
 from common.machine.config import to_json
 from common.machine.device import Pending
 from common.machine.machine import Machine
@@ -173,7 +173,14 @@ class _Connection:
             ),
             *(self.shutdown, self.begin, self.running, self.start_tracking, self.enter_precopy),
             *(self.read_device, self.sizes),
-            *(self.mapping_changes, self.sync, self.throttle, self.pause_vcpus, self.quiesce, self.leave_stop_copy),
+            *(
+                self.mapping_changes,
+                self.sync,
+                self.throttle,
+                self.pause_vcpus,
+                self.stop_devices,
+                self.leave_stop_copy,
+            ),
             *(self.digests, self.explain, self.late_writes, self.end, self.enter_resuming, self.change_mappings),
             *(self.write_device, self.restart_device, self.load, self.take_over),
         ]
@@ -242,7 +249,7 @@ class _Connection:
     def begin(self, request: Message) -> dict[str, Any]:
         running = self._service.begin(request["session_id"])
         self.holds_migration = True
-        return {"running": running}
+        return {"running": running, "requests": REQUESTS}
 
     def running(self, _: Message) -> dict[str, Any]:
         return {"running": self._leaving().running}
@@ -294,7 +301,7 @@ class _Connection:
     def pause_vcpus(self, _: Message) -> dict[str, Any]:
         return {"running": self._leaving().pause_vcpus()}
 
-    def quiesce(self, _: Message) -> Message:
+    def stop_devices(self, _: Message) -> Message:
         vcpu, configs, pending = self._leaving().stop_devices()
         devices = [
             {

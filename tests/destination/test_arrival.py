@@ -317,8 +317,7 @@ def batch(sequence: int, first: int = 3, pages: int = 2, fill: int = 7) -> PageB
 
 
 def device_record(sequence: int, kind: int, data: bytes = b"", *, last: bool = False) -> pb.SendDeviceStateRequest:
-    kind_of_it = pb.DeviceStateKind.ValueType(kind)
-    return pb.SendDeviceStateRequest(sequence=sequence, kind=kind_of_it, data=data, last=last)
+    return pb.SendDeviceStateRequest(sequence=sequence, kind=pb.DeviceStateKind.ValueType(kind), data=data, last=last)
 
 
 def refused(call: Callable[[], object]) -> str:

@@ -484,6 +484,13 @@ def in_file(read: Callable[[Path], Any], error: type[Exception]) -> Callable[[by
     return run
 
 
+def ownership_record(data: bytes) -> None:
+    """As earlier versions wrote it, and as one of two, whole as it seems."""
+    read = in_file(record.read, ValueError)
+    read(data)
+    read(record.slot(1, data.decode(errors="replace")))
+
+
 def one_line(text: str) -> None:
     expect(text.isprintable() and len(text) < 1000, f"an error is not one line for people: {text[:2000]!r}")
 
@@ -616,7 +623,7 @@ DECODERS: dict[str, Decoder] = {
     "machine_file": Decoder(in_file(config.parse, ConfigError), mutations.of_text(_WORDS), bound=128 * MAX_INPUT),
     "device_file": Decoder(in_file(read_attachments, ConfigError), mutations.of_text(_WORDS), bound=128 * MAX_INPUT),
     "machine_description": Decoder(machine_description, mutations.of_json, bound=128 * MAX_INPUT),
-    "ownership_record": Decoder(in_file(record.read, ValueError), mutations.of_json, bound=64 * MAX_INPUT),
+    "ownership_record": Decoder(ownership_record, mutations.of_json, bound=64 * MAX_INPUT),
     "transcript": Decoder(
         a_transcript,
         mutations.of_records(

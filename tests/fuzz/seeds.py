@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 
 import lz4.block
@@ -19,7 +20,7 @@ from switchover.v1 import migration_pb2
 from common.devices.__main__ import build
 from common.devices.nvme import Nvme
 from common.machine.config import from_json, to_json
-from common.machine.record import Ownership, Record, write
+from common.machine.record import Ownership, Record
 from common.vfio.feature import FEATURE_GET, FEATURE_SET, DeviceFeature, LoggingReport, LoggingStart, Range
 from common.vfio.migration import DeviceState
 from common.vfio_user import codec
@@ -291,11 +292,8 @@ def replies() -> bytes:
 
 
 def record() -> bytes:
-    path = DATA / "fuzz" / "record.json"
-    write(path, Record("6f0c8f0e-7d3f-4d0f-9a51-6b7cf1b1d9aa", "m", 3, Ownership.COMMITTING, "/x", "s1", "b:7700"))
-    text = path.read_bytes()
-    path.unlink()
-    return text
+    known = Record("6f0c8f0e-7d3f-4d0f-9a51-6b7cf1b1d9aa", "m", 3, Ownership.COMMITTING, "/x", "s1", "b:7700")
+    return json.dumps(asdict(known)).encode()
 
 
 def bodies() -> dict[str, bytes]:

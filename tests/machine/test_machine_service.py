@@ -237,11 +237,21 @@ def test_a_refusal_is_the_machines_own_words(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["start_tracking", "enter_precopy", "mapping_changes", "sync", "pause_vcpus", "quiesce", "running"]
+    "name", ["start_tracking", "enter_precopy", "mapping_changes", "sync", "pause_vcpus", "stop_devices", "running"]
 )
 def test_nothing_leaves_before_it_begins(rig: Rig, name: str) -> None:
     with pytest.raises(RequestError, match="no migration runs"):
         getattr(rig.connect(), name)()
+
+
+def test_a_machine_of_another_version_is_not_migrated_and_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "REQUESTS", 1)
+    client = rig.connect()
+    with pytest.raises(RequestError, match="started by another version") as refused:
+        client.begin("5e55")
+    assert refused.value.reason == "MACHINE_VERSION"
+    rig.leave(client)
+    assert rig.machine.notes == ["begins", "end"]
 
 
 def test_a_device_is_left_alone_when_its_migration_has_ended(rig: Rig) -> None:
@@ -271,7 +281,7 @@ def test_what_leaves_arrives_at_the_daemon_as_it_is(rig: Rig) -> None:
     assert {name: packed.count() for name, packed in report.sources.items()} == {"vCPU": 2, "default": 1}
     assert runs.expand(report.union().runs()).tolist() == [1, 2, PAGES - 1]
     assert client.pause_vcpus() is True
-    rest = client.quiesce()
+    rest = client.stop_devices()
     client.leave_stop_copy("nic1")
     assert rest.vcpu == {"clock": 1}
     assert rest.devices == (

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -34,13 +35,13 @@ class PowerFailureError(Exception):
 @given(
     st.builds(
         Record,
-        machine_uuid=st.text(),
-        name=st.text(),
+        machine_uuid=st.text(max_size=40),
+        name=st.text(max_size=40),
         incarnation=st.integers(0, 1 << 64),
         ownership=st.sampled_from(Ownership),
-        directory=st.text(),
-        session_id=st.text(),
-        peer=st.text(),
+        directory=st.text(max_size=40),
+        session_id=st.text(max_size=40),
+        peer=st.text(max_size=40),
         judged=st.booleans(),
     )
 )
@@ -56,21 +57,22 @@ def test_no_record_is_none(tmp_path: Path) -> None:
 
 
 class Power:
-    """Fails before the n-th step that reaches the disk, and leaves `kept` bytes of what was being written."""
+    """Fails before the n-th step that reaches the disk; `kept`: while a record is written over, after so many bytes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int = 100, kept: int | None = None) -> None:
         self.order: list[str] = []
         self._fails_at = fails_at
-        real_open = Path.open
+        pwritev = os.pwritev
 
-        def open_file(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-            file = real_open(path, mode, *args, **options)
-            if mode != "r+b":
-                return file
-            return Disk(file, self, kept)
+        def write_over(fd: int, parts: list[bytes], at: int, flags: int) -> int:
+            self.step("write through" if flags == os.RWF_DSYNC else "write")
+            if kept is None:
+                return pwritev(fd, parts, at, flags)
+            pwritev(fd, [b"".join(parts)[:kept]], at)
+            raise PowerFailureError
 
-        monkeypatch.setattr(Path, "open", open_file)
-        for module, name in ((os, "fsync"), (os, "fdatasync"), (Path, "rename")):
+        monkeypatch.setattr(os, "pwritev", write_over)
+        for module, name in ((os, "fsync"), (Path, "rename")):
             monkeypatch.setattr(module, name, self._failing(name, getattr(module, name)))
 
     def _failing(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,28 +87,6 @@ class Power:
         if len(self.order) == self._fails_at:
             raise PowerFailureError
         self.order.append(name)
-
-
-class Disk:
-    """A file that is written over, of which only the first bytes may get to the disk."""
-
-    def __init__(self, file: IO[bytes], power: Power, kept: int | None) -> None:
-        self._file, self._power, self._kept = file, power, kept
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, data: bytes) -> None:
-        self._power.step("write")
-        self._file.write(data[: self._kept])
-        if self._kept is not None:
-            raise PowerFailureError
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def test_is_on_disk_before_it_has_its_name_and_the_name_before_anyone_acts(
@@ -125,21 +105,24 @@ def test_a_later_one_takes_one_flush_and_no_new_blocks(tmp_path: Path, monkeypat
     for written in (NEW, OLD, NEW):
         power.order.clear()
         record.write(path, written)
-        assert record.read(path) == written and power.order == ["write", "fdatasync"]
+        assert record.read(path) == written and power.order == ["write through"]
     after = path.stat()
     assert (after.st_ino, after.st_size, after.st_blocks) == (before.st_ino, before.st_size, before.st_blocks)
 
 
 @pytest.mark.parametrize("step", range(3))
-def test_a_failure_of_the_first_one_leaves_none_or_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+@pytest.mark.parametrize("before", [None, OLD], ids=["none", "an older version's"])
+def test_a_failure_of_the_first_one_leaves_what_was_there_or_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, before: Record | None
 ) -> None:
     path = tmp_path / "record.json"
+    if before is not None:
+        path.write_text(json.dumps(asdict(before)))
     with monkeypatch.context() as patch:
         Power(patch, step)
         with pytest.raises(PowerFailureError):
             record.write(path, NEW)
-    assert record.read(path) == (None if step < 2 else NEW)
+    assert record.read(path) == (before if step < 2 else NEW)
     record.write(path, OLD)  # what was left behind is in nobody's way
     assert record.read(path) == OLD
 
@@ -162,29 +145,58 @@ def test_what_is_torn_is_never_read_and_what_counted_counts(
     assert record.read(path) == NEW
 
 
-def test_what_was_written_and_not_flushed_is_the_old_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@given(st.lists(st.booleans(), min_size=16, max_size=16))
+def test_whichever_sectors_have_got_to_the_disk(
+    tmp_path_factory: pytest.TempPathFactory, got_there: list[bool]
 ) -> None:
-    path = tmp_path / "record.json"
-    record.write(path, OLD)
+    path = tmp_path_factory.mktemp("t") / "record.json"
+    long, other, longer = replace(OLD, peer="a" * 2500), replace(OLD, peer="c" * 2800), replace(NEW, peer="b" * 3000)
+    for earlier in (long, other, long):
+        record.write(path, earlier)
     on_disk = path.read_bytes()
-    with monkeypatch.context() as patch:
-        Power(patch, fails_at=1)
-        with pytest.raises(PowerFailureError):
-            record.write(path, NEW)
-    assert record.read(path) == NEW
+    record.write(path, longer)
     written = path.read_bytes()
-    # Whichever of its sectors have got there.
-    for at in range(0, len(on_disk), 512):
-        path.write_bytes(written[:at] + on_disk[at:])
-        assert record.read(path) in (OLD, NEW)
-        path.write_bytes(on_disk[:at] + written[at:])
-        assert record.read(path) in (OLD, NEW)
+    sectors = range(0, len(on_disk), 512)
+    assert len(sectors) == len(got_there)
+    path.write_bytes(
+        b"".join((written if got else on_disk)[at : at + 512] for at, got in zip(sectors, got_there, strict=True))
+    )
+    assert record.read(path) == (longer if all(got_there[8:15]) else long)
+
+
+@pytest.mark.parametrize("kept", [0, 50, None])
+def test_what_the_disk_does_not_take_counts_for_nobody_and_the_next_one_goes_there_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int | None
+) -> None:
+    """Else the next one would be written over the only one that is on the disk."""
+    path = tmp_path / "record.json"
+    record.write(path, NEW)
+    record.write(path, OLD)
+    before = path.read_bytes()
+    pwritev = os.pwritev
+
+    def failing(fd: int, parts: list[bytes], at: int, _flags: int) -> int:
+        pwritev(fd, [b"".join(parts)[:kept]], at)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            record.write(path, NEW)
+    assert path.read_bytes() == before and record.read(path) == OLD
+
+
+@pytest.mark.parametrize("text", ["nonsense", "{}", json.dumps(asdict(OLD) | {"colour": "red"})])
+def test_what_is_whole_and_no_record_is_an_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(record.slot(1, text))
+    with pytest.raises(ValueError, match="not an ownership record"):
+        record.read(path)
 
 
 def test_a_shorter_record_is_not_read_with_the_end_of_a_longer_one(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    for written in (OLD, replace(NEW, peer="b" * 9000), OLD, NEW):
+    for written in (OLD, replace(NEW, peer="b" * 3000), OLD, NEW):
         record.write(path, written)
         assert record.read(path) == written
 
@@ -192,8 +204,8 @@ def test_a_shorter_record_is_not_read_with_the_end_of_a_longer_one(tmp_path: Pat
 def test_a_record_for_which_there_is_no_room_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     record.write(path, OLD)
-    with pytest.raises(OSError, match="a record of 2"):
-        record.write(path, replace(OLD, peer="b" * 20_000))
+    with pytest.raises(OSError, match="a record of 5"):
+        record.write(path, replace(OLD, peer="b" * 5_000))
     assert record.read(path) == OLD
 
 
