@@ -503,7 +503,7 @@ class SendDeviceStateRequest(_message.Message):
     data: _builtins.bytes
     """The device's bytes; empty where the kind has none."""
     last: _builtins.bool
-    """With STOP_COPY_DATA: these bytes are the last, and the stream is complete, as by END."""
+    """With STOP_COPY_DATA, and the feature last-record: these bytes are the last, the stream is complete as by END."""
     def __init__(
         self,
         *,
