@@ -65,44 +65,20 @@ class Row(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sockets:
-    """Plain sockets."""
+class Plain:
+    """A bare mover in Python, which `module` is at both ends."""
 
+    name: str
     streams: int
-
-    @property
-    def name(self) -> str:
-        return f"plain sockets, {self.streams}"
+    module: str = "benchmarks.plain"
 
     def move(self, stage: Stage) -> Sample:
         _require_unlimited(stage.link)
-        return plain.move(stage.link, stage.source_ram, stage.destination_ram, self.streams)
+        return plain.move(stage.link, stage.source_ram, stage.destination_ram, self.streams, self.module)
 
 
-@dataclass(frozen=True, slots=True)
-class PlainGrpc:
-    """A bare gRPC stream."""
-
-    name: str = "plain gRPC, 1"
-
-    def move(self, stage: Stage) -> Sample:
-        _require_unlimited(stage.link)
-        return plain.move(stage.link, stage.source_ram, stage.destination_ram, 1, "benchmarks.plain_grpc")
-
-
-@dataclass(frozen=True, slots=True)
-class PlainZstd:
-    """Plain sockets with zstd."""
-
-    streams: int
-
-    @property
-    def name(self) -> str:
-        return f"plain sockets, {self.streams}, zstd 1"
-
-    def move(self, stage: Stage) -> Sample:
-        _require_unlimited(stage.link)
-        return plain.move(stage.link, stage.source_ram, stage.destination_ram, self.streams, "benchmarks.plain_zstd")
+def _sockets(streams: int) -> Plain:
+    return Plain(f"plain sockets, {streams}", streams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +143,8 @@ def _multifd(channels: int, level: int | None = None) -> Qemu:
     return Qemu(f"multifd {channels}, zstd {level}", ("multifd",), parameters)
 
 
+PLAIN_ZSTD = Plain("plain sockets, 2, zstd 1", 2, "benchmarks.plain_zstd")
+PLAIN_GRPC = Plain("plain gRPC, 1", 1, "benchmarks.plain_grpc")
 DEFAULT = Qemu("default channel")
 XBZRLE = Qemu("xbzrle", ("xbzrle",))
 
@@ -184,7 +162,7 @@ class Scene:
 
 
 LOOPBACK_ROWS: Sequence[Row] = (
-    *(Sockets(1), Sockets(2), Sockets(4), PlainGrpc(), Iperf3(1), Iperf3(2)),
+    *(_sockets(1), _sockets(2), _sockets(4), PLAIN_GRPC, Iperf3(1), Iperf3(2)),
     *(DEFAULT, _multifd(2), _multifd(4), _multifd(2, 1), _multifd(4, 1), XBZRLE),
     Ours("--verify off"),
     Ours("--verify off --lanes 2"),
@@ -196,7 +174,7 @@ LOOPBACK_ROWS: Sequence[Row] = (
     Ours("--verify off --lane-kind tcp --lanes 2 --compress auto"),
 )
 LINK_ROWS: Sequence[Row] = (
-    *(Sockets(1), PlainZstd(2), DEFAULT, _multifd(2), _multifd(2, 1), _multifd(4, 1), XBZRLE),
+    *(_sockets(1), PLAIN_ZSTD, DEFAULT, _multifd(2), _multifd(2, 1), _multifd(4, 1), XBZRLE),
     Ours("--verify off"),
     Ours("--verify off --lane-kind tcp --lanes 2"),
     Ours("--verify off --compress lz4"),
@@ -214,7 +192,7 @@ SCENES = {
         False,
         2 * GIB,
         LOOPBACK_ROWS,
-        (DEFAULT, _multifd(2), _multifd(4), Sockets(2), PlainGrpc()),
+        (DEFAULT, _multifd(2), _multifd(4), _sockets(2), PLAIN_GRPC),
     ),
     "loopback-files": Scene("loopback, real files", None, True, 2 * GIB, LOOPBACK_ROWS, LINK_REFERENCES),
     "link-10G": Scene("10 Gbit/s, real files", 10e9 / 8, True, 2 * GIB, LINK_ROWS, LINK_REFERENCES),

@@ -33,7 +33,7 @@ Work = Callable[[socket.socket, memoryview], int]
 """What is done with a stream and its share of RAM; returns how many bytes have gone over it."""
 
 
-def move(link: Link, source_ram: Path, destination_ram: Path, streams: int, module: str = __name__) -> Sample:
+def move(link: Link, source_ram: Path, destination_ram: Path, streams: int, module: str) -> Sample:
     """Send a file over as many streams, each its share of it; OSError if it does not arrive.
 
     `module` is the program at both ends.
@@ -56,7 +56,7 @@ def move(link: Link, source_ram: Path, destination_ram: Path, streams: int, modu
         raise OSError(f"{module}: {differing} pages differ at the destination")
     size = source_ram.stat().st_size
     source, destination = json.loads(sent.stdout), json.loads(received)
-    return Sample(size, source["seconds"], source.get("sent", size), source["cpu_s"], destination["cpu_s"])
+    return Sample(size, source["seconds"], source["sent"], source["cpu_s"], destination["cpu_s"])
 
 
 @contextmanager
@@ -73,6 +73,18 @@ def one_end(arguments: Sequence[str], send: Work, receive: Work) -> None:
     role, path, count, address = arguments
     host, _, port = address.partition(":")
     streams = int(count)
+
+    def work(connection: socket.socket, view: memoryview) -> int:
+        with connection:
+            if role == "receive":
+                done = receive(connection, view)
+                connection.sendall(b"!")
+            else:
+                done = send(connection, view)
+                if connection.recv(1) != b"!":
+                    raise ConnectionError("the other end has not received all")
+        return done
+
     with mapped(path) as memory:
         share = len(memory) // streams
         views = [memory[index * share : (index + 1) * share] for index in range(streams)]
@@ -84,7 +96,7 @@ def one_end(arguments: Sequence[str], send: Work, receive: Work) -> None:
             sockets = [socket.create_connection((host, int(port))) for _ in views]
         began, cpu = time.monotonic(), time.process_time()
         with ThreadPoolExecutor(streams) as pool:
-            sent = sum(pool.map(receive if role == "receive" else send, sockets, views))
+            sent = sum(pool.map(work, sockets, views))
         told = {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu, "sent": sent}
         for view in views:
             view.release()
@@ -92,18 +104,13 @@ def one_end(arguments: Sequence[str], send: Work, receive: Work) -> None:
 
 
 def _send(connection: socket.socket, view: memoryview) -> int:
-    with connection:
-        for start in range(0, len(view), PIECE):
-            connection.sendall(view[start : start + PIECE])
-        if connection.recv(1) != b"!":
-            raise ConnectionError("the other end has not received all")
+    for start in range(0, len(view), PIECE):
+        connection.sendall(view[start : start + PIECE])
     return len(view)
 
 
 def _receive(connection: socket.socket, view: memoryview) -> int:
-    with connection:
-        receive_into(connection, view)
-        connection.sendall(b"!")
+    receive_into(connection, view)
     return len(view)
 
 

@@ -54,7 +54,7 @@ def _send(memory: memoryview, address: str) -> dict[str, float]:
         began, cpu = time.monotonic(), time.process_time()
         for _ in channel.stream_stream(METHOD)(messages):
             pass
-        return {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
+        return {"seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu, "sent": len(memory)}
 
 
 def _end(role: str, path: str, address: str) -> None:
