@@ -42,6 +42,9 @@ FIRST_LOOKS = (64, 256, 1024)
 # The first that a lane packs in a round is so large, lest the link wait long, and each one half as large again.
 FIRST_UNIT_PAGES = 128
 
+# Batches that are being packed, in order: bytes of pages, and what comes of them.
+_Queue = deque[tuple[int, Future[tuple[PageBatch, Method]]]]
+
 FIXED = {
     host_pb2.COMPRESSION_OFF: NONE,
     host_pb2.COMPRESSION_LZ4: LZ4,
@@ -85,7 +88,7 @@ class Packer:
             self._fixed = LZ4
         self._tuner = Tuner(workers=workers, lanes=lanes) if self._fixed is None else None  # nothing to decide
         self._workers = workers
-        self._ahead = max(workers // lanes, 1) + 1
+        self._ahead = (max(workers // lanes, 1) + 1) * MAX_UNIT_PAGES * PAGE_SIZE
         self._looks = list(FIRST_LOOKS) if self._fixed is None else []
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
 
@@ -139,20 +142,21 @@ class Packer:
             nonlocal method
             if looks := self._looks:  # of all lanes
                 return looks[0]
-            method = self.method
+            method = self._next_method()
             if method is NONE:
                 return 0
             share = max(left // (2 * self._workers), MIN_UNIT_PAGES)
             return min(method.unit_pages, packed_unit, share)
 
-        packing: deque[Future[tuple[PageBatch, Method]]] = deque()
+        packing: _Queue = deque()
         for batch in encode(self._ram, *pages, round=number, data=data, copied=copied, unit_pages=unit):
             left -= batch.pages
             if method is not NONE and batch.payload:
                 packed_unit = min(3 * packed_unit // 2, MAX_UNIT_PAGES)
+                size = batch.payload_bytes
                 if self._refers:
                     sent.reduce(batch)
-                packing.append(self._pool.submit(self._pack, batch, method))
+                packing.append((size, self._pool.submit(self._pack, batch, method)))
                 yield from self._finish(packing, self._ahead)
             else:
                 sent.forget(batch)
@@ -176,9 +180,11 @@ class Packer:
             self._tuner.packed(method, size, batch.payload_bytes, time.thread_time() - began)
         return batch, method
 
-    def _finish(self, packing: deque[Future[tuple[PageBatch, Method]]], left: int) -> Iterator[PageBatch]:
-        while len(packing) > left:
-            yield from self._hand_over(*packing.popleft().result())
+    def _finish(self, packing: _Queue, left: int) -> Iterator[PageBatch]:
+        """Yield what was submitted first, until no more than `left` bytes of pages are being packed."""
+        while sum(size for size, _ in packing) > left:
+            _, packed = packing.popleft()
+            yield from self._hand_over(*packed.result())
 
     def _hand_over(self, batch: PageBatch, method: Method = NONE) -> Iterator[PageBatch]:
         if self._tuner is None:
@@ -194,13 +200,19 @@ class Packer:
         if self._tuner is not None:
             self._tuner.applied(pages, size)
 
-    @property
-    def method(self) -> Method:
-        """How the next batch is packed."""
+    def _next_method(self) -> Method:
         if self._tuner is not None:
-            return self._tuner.method
+            return self._tuner.next_method()
         assert self._fixed is not None
         return self._fixed
+
+    @property
+    def compression(self) -> str:
+        """How pages are packed at present."""
+        if self._tuner is not None:
+            return self._tuner.blend.name
+        assert self._fixed is not None
+        return self._fixed.name
 
     def close(self) -> None:
         """End the threads; what they pack is not waited for."""

@@ -84,7 +84,7 @@ class Streams:
     @property
     def compression(self) -> str:
         """How the next pages would be compressed."""
-        return self._packer.method.name
+        return self._packer.compression
 
     def end_precopy(self) -> None:
         """Stop reading devices in PRE_COPY; raise what went wrong there."""

@@ -10,18 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 
-from common.memory.compression import METHODS, NONE, Method
-from source.compression import Belief, Link, Speed, choose, next_belief
+from common.memory.compression import METHODS, Method
+from source.compression import AS_IN_TABLE, NOTHING, Belief, Blend, Link, choose, next_belief, next_pages
 
 __all__ = ["Tuner"]
 
 # The link is looked at after this long, so many acks and so much.
-LOOK_SECONDS, LOOK_ACKS, LOOK_BYTES = 0.05, 4, 1 << 20
+LOOK_SECONDS, LOOK_ACKS, LOOK_BYTES = 0.2, 4, 1 << 20
 # A link that seems to carry more than this at first, in bytes per second, is looked at again before anything is packed:
 # of a quick answer a thread that woke up late may be most, and a burst of the link may be lent. From the second of
 # these on nothing is packed at first.
 QUICK_LINK, FAST_LINK = 30e6, 200e6
-# How much a new measurement counts.
+# How much a new measurement of idle cores counts.
 WEIGHT = 0.5
 # Where no core is idle packing gets its share all the same.
 FEWEST_CORES = 0.5
@@ -34,7 +34,7 @@ def _idle_seconds() -> float:
 
 
 class Tuner:
-    """Keeps what was measured, and the method that follows from it. Any thread may call any method."""
+    """Keeps what was measured, and the methods that follow from it. Any thread may call any method."""
 
     def __init__(
         self,
@@ -51,11 +51,12 @@ class Tuner:
         self._idle = idle
         self._cores = float(workers)
         self._lock = threading.Lock()
-        self._last: tuple[Method, Speed] | None = None
+        self._pages = AS_IN_TABLE
         self._link: Belief | None = None
         self._under_way = 0
         self._begin(clock())
-        self.method = METHODS[2]
+        self._blend = Blend(METHODS[2], METHODS[2], 0.0)
+        self._owed = 0.0  # pages that should have been packed with the second method, and were not
 
     def _begin(self, now: float) -> None:
         """Begin to measure."""
@@ -77,7 +78,7 @@ class Tuner:
                 rate = self._acked_bytes / self._busy
                 self._link = Belief(rate, rate)
                 again = rate > QUICK_LINK
-                self.method = NONE if rate > FAST_LINK else self._choose()
+                self._blend = NOTHING if rate > FAST_LINK else self._choose()
             self._begin(now)
             return again
 
@@ -86,19 +87,25 @@ class Tuner:
             self._busy += now - self._busy_since
             self._busy_since = now
 
+    @property
+    def blend(self) -> Blend:
+        """How pages are packed at present."""
+        return self._blend
+
+    def next_method(self) -> Method:
+        """Return how to pack the next unit."""
+        with self._lock:
+            first, second, part = self._blend.first, self._blend.second, self._blend.part
+            is_second = self._owed >= (1 - part) * second.unit_pages / 2
+            method = second if is_second else first
+            self._owed += (part - is_second) * method.unit_pages
+            return method
+
     def packed(self, method: Method, size: int, packed_size: int, seconds: float) -> None:
         """Note that a worker packed `size` bytes of pages into `packed_size`, in so many seconds of a core."""
-        speed = Speed(packed_size / size, size / max(seconds, 1e-9))
         with self._lock:
             self._packing += seconds
-            if self._last is not None and self._last[0] is method:
-                before = self._last[1]
-                speed = Speed(
-                    before.share + WEIGHT * (speed.share - before.share),
-                    # Rates are averaged as the times that they stand for.
-                    1 / (1 / before.rate + WEIGHT * (1 / speed.rate - 1 / before.rate)),
-                )
-            self._last = method, speed
+            self._pages = next_pages(self._pages, method, packed_size / size, size / max(seconds, 1e-9))
 
     def held_up(self, seconds: float) -> None:
         """Note how long the link has held a lane up."""
@@ -147,9 +154,9 @@ class Tuner:
             # What is idle, and what packing itself has used.
             cores = idle + self._packing / elapsed
             self._cores += WEIGHT * (min(max(cores, FEWEST_CORES), self._workers) - self._cores)
-            self.method = self._choose()
+            self._blend = self._choose()
         self._begin(now)
 
-    def _choose(self) -> Method:
+    def _choose(self) -> Blend:
         assert self._link is not None
-        return choose(self.method, self._link.rate, self._last, cores=self._cores, lanes=self._lanes)
+        return choose(self._link.rate, self._pages, cores=self._cores, lanes=self._lanes)

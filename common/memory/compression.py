@@ -78,24 +78,24 @@ def _zstd(
         target_length=16 if strategy >= zstandard.STRATEGY_GREEDY else 0,
         write_content_size=True,
     )
-    return Method(name, Encoding.ZSTD, share, rate, 780e6, parameters=parameters)
+    return Method(name, Encoding.ZSTD, share, rate, 720e6, parameters=parameters)
 
 
 NONE = Method("none", Encoding.RAW, 1.0, float("inf"), float("inf"), unit_pages=256)
-LZ4 = Method("lz4", Encoding.LZ4, 0.468, 423e6, 2000e6, unit_pages=256)
+LZ4 = Method("lz4", Encoding.LZ4, 0.494, 443e6, 1860e6, unit_pages=512)
 METHODS = (
     NONE,
     LZ4,
-    _zstd("zstd-1", 0.329, 266e6, zstandard.STRATEGY_FAST, 15, 15, 1, 6),
-    _zstd("zstd-2", 0.316, 229e6, zstandard.STRATEGY_FAST, 16, 16, 1, 5),
-    _zstd("zstd-3", 0.310, 179e6, zstandard.STRATEGY_DFAST, 16, 15, 1, 5),
-    _zstd("zstd-4", 0.300, 76e6, zstandard.STRATEGY_LAZY, 17, 16, 1, 5),
-    _zstd("zstd-5", 0.293, 57e6, zstandard.STRATEGY_LAZY2, 17, 16, 3, 5),
-    _zstd("zstd-6", 0.282, 45e6, zstandard.STRATEGY_LAZY2, 19, 18, 3, 5),
-    _zstd("zstd-7", 0.277, 32e6, zstandard.STRATEGY_LAZY2, 21, 20, 4, 5),
+    _zstd("zstd-1", 0.367, 279e6, zstandard.STRATEGY_FAST, 14, 14, 1, 7),
+    _zstd("zstd-2", 0.347, 254e6, zstandard.STRATEGY_FAST, 15, 15, 1, 6),
+    _zstd("zstd-3", 0.335, 203e6, zstandard.STRATEGY_FAST, 16, 16, 1, 5),
+    _zstd("zstd-4", 0.323, 143e6, zstandard.STRATEGY_DFAST, 17, 15, 1, 5),
+    _zstd("zstd-5", 0.312, 49e6, zstandard.STRATEGY_LAZY2, 17, 16, 3, 5),
+    _zstd("zstd-6", 0.298, 40e6, zstandard.STRATEGY_LAZY2, 19, 18, 3, 5),
+    _zstd("zstd-7", 0.291, 28e6, zstandard.STRATEGY_LAZY2, 21, 20, 4, 5),
 )
 """Each of them smaller and slower than the one before it, by rule on real memory."""
-ZSTD = METHODS[3]
+ZSTD = METHODS[4]
 
 
 _thread = threading.local()

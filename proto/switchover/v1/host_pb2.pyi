@@ -840,7 +840,7 @@ class Progress(_message.Message):
     decision: _builtins.str
     """What the convergence policy last decided, and why."""
     compression: _builtins.str
-    """How pages are compressed now: "none", "lz4", "zstd-1" to "zstd-6"."""
+    """How pages are compressed now: "none", "lz4", "zstd-1" to "zstd-7", or two of them: "lz4 and zstd-1"."""
     page_bytes: _builtins.int
     """Bytes of the pages sent so far that were not zero, before anything was done to them."""
     zero_pages: _builtins.int
@@ -1169,7 +1169,7 @@ class Round(_message.Message):
     compressed_pages: _builtins.int
     """Of the pages, those that were compressed."""
     compression: _builtins.str
-    """How pages were compressed at its end: "none", "lz4", "zstd-1" to "zstd-6"."""
+    """How pages were compressed at its end: "none", "lz4", "zstd-1" to "zstd-7", or two of them: "lz4 and zstd-1"."""
     unchanged_pages: _builtins.int
     """Of the pages, those that were dirty and had not changed since they were sent."""
     equal_pages: _builtins.int
