@@ -49,7 +49,7 @@ class Tuner:
         self._lanes = lanes
         self._clock = clock
         self._idle = idle
-        self._cores = float(workers)
+        self._cores = workers / 2  # who else needs them is not known yet
         self._lock = threading.Lock()
         self._pages = AS_IN_TABLE
         self._link: Belief | None = None
