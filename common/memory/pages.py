@@ -53,6 +53,8 @@ _WINDOW_PAGES = 1 << 14
 # The first word tells most pages that are not zero, one of each eighth nearly all others; so many pages fit a cache.
 _SAMPLE = 64
 _CACHED_PAGES = 256
+# So many side by side are looked at where they are; fewer are gathered first.
+_MANY = 8
 # A batch that is nothing but so few runs of whole pages is plain.
 _MAX_PLAIN_RUNS = 64
 # So many scattered pieces leave RAM, and come into it, each where it is (the kernel takes 1024 in one call); it takes
@@ -270,14 +272,15 @@ def _zero_pages(ram: GuestRam, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.b
     candidates = np.flatnonzero(zero)
     zero[candidates] = np.bitwise_or.reduce(ram.words[:, ::_SAMPLE][pages[candidates]], axis=1) == 0
     candidates = np.flatnonzero(zero)
+    first_page, count = runs.from_pages(pages[candidates])
+    side_by_side = count >= _MANY
+    places = candidates[np.cumsum(count) - count]
+    for place, page, many in zip(*(each[side_by_side].tolist() for each in (places, first_page, count)), strict=True):
+        zero[place : place + many] = np.bitwise_or.reduce(ram.words[page : page + many], axis=1) == 0
+    candidates = candidates[np.repeat(~side_by_side, count)]
     for start in range(0, candidates.size, _CACHED_PAGES):
         part = candidates[start : start + _CACHED_PAGES]
-        numbers = pages[part]
-        first, last = int(numbers[0]), int(numbers[-1])
-        if last - first + 1 == numbers.size:
-            block = ram.words[first : last + 1]
-        else:
-            block = np.take(ram.words, numbers, axis=0, mode="clip")
+        block = np.take(ram.words, pages[part], axis=0, mode="clip")
         zero[part] = np.bitwise_or.reduce(block, axis=1) == 0
     return zero
 

@@ -409,3 +409,13 @@ def test_no_input_does_anything_but_apply_or_be_refused(
             applier.apply(batch_of(first, count, zero, payload, encoding))
         except ValueError:
             assert ram.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("step", [1, 2, 5], ids=["side by side", "every second", "every fifth"])
+def test_one_byte_anywhere_makes_a_page_that_is_not_zero(source: GuestRam, step: int) -> None:
+    wanted = np.arange(3, 1200, step)
+    source.pages[wanted] = 0  # no hole
+    byte = wanted[::7]
+    source.pages[byte, byte * 509 % PAGE_SIZE] = 1
+    zero = [codec.flags(batch.zero, batch.pages) for batch in encode(source, *runs.from_pages(wanted), round=0)]
+    assert wanted[~np.concatenate(zero)].tolist() == byte.tolist()
