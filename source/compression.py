@@ -17,7 +17,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.memory.compression import METHODS, NONE, Method
+from common.memory.compression import LZ4, MAX_UNIT_PAGES, METHODS, NONE, Method
+from common.memory.layout import PAGE_SIZE
 
 __all__ = ["AS_IN_TABLE", "NOTHING", "Belief", "Blend", "Link", "Pages", "choose", "next_belief", "next_pages"]
 
@@ -32,8 +33,8 @@ FEW_IDLE = 0.05
 WEIGHT, MOST_DOUBT = 0.5, 1.05
 # The other end is given no more to unpack than for so much of its time; what it holds up tells nothing of the link.
 MOST_UNPACKING = 0.8
-# How much the pages count that were packed last.
-LAST = 0.25
+# How much the largest unit counts that was packed last; others in proportion.
+LAST = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +109,15 @@ def next_belief(before: Belief | None, seen: Link) -> Belief:
     return Belief(max(hoped, seen.rate), best, waited)
 
 
-def next_pages(before: Pages, method: Method, share: float, rate: float) -> Pages:
-    """Return how pages differ, after some were packed to this share at so many bytes per second of a core."""
-    power, slowness = math.log(share) / math.log(method.share), method.rate / rate
+def next_pages(before: Pages, method: Method, size: int, share: float, rate: float) -> Pages:
+    """Return how pages differ, after `size` bytes were packed to this share at so many bytes per second of a core."""
+    weight = LAST * size / (MAX_UNIT_PAGES * PAGE_SIZE)
+    # Bytes are averaged, not powers: of what one method leaves, whichever it was.
+    leaves = LZ4.share ** (math.log(share) / math.log(method.share))
+    known = LZ4.share**before.power
     return Pages(
-        before.power + LAST * (power - before.power),
-        before.slowness + LAST * (slowness - before.slowness),
+        math.log(known + weight * (leaves - known)) / math.log(LZ4.share),
+        before.slowness + weight * (method.rate / rate - before.slowness),
     )
 
 

@@ -2,7 +2,7 @@
 
 A lane takes its batches from here. While it waits for the link, a few threads pack what comes next, so that one lane
 can keep several cores busy; the batches of a lane stay in order. Which method is used is told by the operator, or
-decided anew for each batch (source/compression.py) by what was measured of those before it.
+decided (source/compression.py) by what was measured of those before it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Packer:
             self._fixed = LZ4
         self._tuner = Tuner(workers=workers, lanes=lanes) if self._fixed is None else None  # nothing to decide
         self._workers = workers
-        self._ahead = (max(workers // lanes, 1) + 1) * MAX_UNIT_PAGES * PAGE_SIZE
+        self._ahead = max(workers // lanes, 1) + 1
         self._looks = list(FIRST_LOOKS) if self._fixed is None else []
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
 
@@ -136,28 +136,29 @@ class Packer:
             return
         method = NONE
         sent = self._sent[lane]
-        left, packed_unit = runs.total(pages), FIRST_UNIT_PAGES
+        left, packed_unit, most = runs.total(pages), FIRST_UNIT_PAGES, 0
 
         def copied() -> int:
-            nonlocal method
+            nonlocal method, most
             if looks := self._looks:  # of all lanes
                 return looks[0]
-            method = self._next_method()
-            if method is NONE:
-                return 0
-            share = max(left // (2 * self._workers), MIN_UNIT_PAGES)
-            return min(method.unit_pages, packed_unit, share)
+            most = min(packed_unit, max(left // (2 * self._workers), MIN_UNIT_PAGES))
+            method = self._next_method(lane, most)
+            return 0 if method is NONE else min(method.unit_pages, most)
 
         packing: _Queue = deque()
         for batch in encode(self._ram, *pages, round=number, data=data, copied=copied, unit_pages=unit):
             left -= batch.pages
             if method is not NONE and batch.payload:
                 packed_unit = min(3 * packed_unit // 2, MAX_UNIT_PAGES)
-                size = batch.payload_bytes
+                size = batch.payload_bytes  # before it is reduced, perhaps to nothing
                 if self._refers:
                     sent.reduce(batch)
                 packing.append((size, self._pool.submit(self._pack, batch, method)))
-                yield from self._finish(packing, self._ahead)
+                # Behind a large unit, which takes long, there may be many small ones. While units grow, the first is
+                # the measure, lest the link wait until they are large.
+                unit_bytes = most * PAGE_SIZE if packed_unit == MAX_UNIT_PAGES else packing[0][0]
+                yield from self._finish(packing, self._ahead * unit_bytes)
             else:
                 sent.forget(batch)
                 yield from self._finish(packing, 0)
@@ -180,9 +181,9 @@ class Packer:
             self._tuner.packed(method, size, batch.payload_bytes, time.thread_time() - began)
         return batch, method
 
-    def _finish(self, packing: _Queue, left: int) -> Iterator[PageBatch]:
-        """Yield what was submitted first, until no more than `left` bytes of pages are being packed."""
-        while sum(size for size, _ in packing) > left:
+    def _finish(self, packing: _Queue, ahead: int) -> Iterator[PageBatch]:
+        """Yield what was submitted first, until no more than `ahead` bytes of pages are left."""
+        while sum(size for size, _ in packing) > ahead:
             _, packed = packing.popleft()
             yield from self._hand_over(*packed.result())
 
@@ -200,9 +201,9 @@ class Packer:
         if self._tuner is not None:
             self._tuner.applied(pages, size)
 
-    def _next_method(self) -> Method:
+    def _next_method(self, lane: int, most: int) -> Method:
         if self._tuner is not None:
-            return self._tuner.next_method()
+            return self._tuner.next_method(lane, most)
         assert self._fixed is not None
         return self._fixed
 

@@ -83,7 +83,7 @@ class Streams:
 
     @property
     def compression(self) -> str:
-        """How the next pages would be compressed."""
+        """How pages are compressed at present."""
         return self._packer.compression
 
     def end_precopy(self) -> None:

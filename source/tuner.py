@@ -56,7 +56,8 @@ class Tuner:
         self._under_way = 0
         self._begin(clock())
         self._blend = Blend(METHODS[2], METHODS[2], 0.0)
-        self._owed = 0.0  # pages that should have been packed with the second method, and were not
+        # Of each lane, pages that should have been packed with the second method, and were not.
+        self._owed = [0.0] * lanes
 
     def _begin(self, now: float) -> None:
         """Begin to measure."""
@@ -92,20 +93,20 @@ class Tuner:
         """How pages are packed at present."""
         return self._blend
 
-    def next_method(self) -> Method:
-        """Return how to pack the next unit."""
+    def next_method(self, lane: int, most: int) -> Method:
+        """Return how to pack the next unit of a lane, of at most so many pages."""
         with self._lock:
             first, second, part = self._blend.first, self._blend.second, self._blend.part
-            is_second = self._owed >= (1 - part) * second.unit_pages / 2
+            is_second = self._owed[lane] >= (1 - part) * min(second.unit_pages, most) / 2
             method = second if is_second else first
-            self._owed += (part - is_second) * method.unit_pages
+            self._owed[lane] += (part - is_second) * min(method.unit_pages, most)
             return method
 
     def packed(self, method: Method, size: int, packed_size: int, seconds: float) -> None:
         """Note that a worker packed `size` bytes of pages into `packed_size`, in so many seconds of a core."""
         with self._lock:
             self._packing += seconds
-            self._pages = next_pages(self._pages, method, packed_size / size, size / max(seconds, 1e-9))
+            self._pages = next_pages(self._pages, method, size, packed_size / size, size / max(seconds, 1e-9))
 
     def held_up(self, seconds: float) -> None:
         """Note how long the link has held a lane up."""

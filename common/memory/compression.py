@@ -1,8 +1,7 @@
 """Compression of page payloads: the methods from the fastest to the smallest, packing, and unpacking with a bound.
 
 Pages are packed many at a time, for what a page repeats mostly stands in its neighbours. zstd's own levels are made for
-data of any kind; these are for pages: tables that stay in a core's cache, and a window of the whole unit. With memory
-filled from real files the first of them is both faster and smaller than zstd's level 1.
+data of any kind; these are for pages: tables that stay in a core's cache, and a window of the whole unit.
 
 Contexts are kept for each thread; the interpreter lock is released while lz4 and zstd work.
 """

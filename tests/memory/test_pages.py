@@ -411,9 +411,21 @@ def test_no_input_does_anything_but_apply_or_be_refused(
             assert ram.allocated_bytes == 0
 
 
-@pytest.mark.parametrize("step", [1, 2, 5], ids=["side by side", "every second", "every fifth"])
-def test_one_byte_anywhere_makes_a_page_that_is_not_zero(source: GuestRam, step: int) -> None:
-    wanted = np.arange(3, 1200, step)
+def with_gaps(lengths: Sequence[int]) -> list[int]:
+    pages, start = [], 3
+    for length in lengths:
+        pages += range(start, start + length)
+        start += length + 2
+    return pages
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [range(3, 1200), range(3, 1200, 2), range(3, 1200, 5), with_gaps([1, 7, 40, 8, 2, 9, 300, 3, 64, 1, 7, 8, 9])],
+    ids=["side by side", "every second", "every fifth", "some of all"],
+)
+def test_one_byte_anywhere_makes_a_page_that_is_not_zero(source: GuestRam, pages: Sequence[int]) -> None:
+    wanted = np.array(pages)
     source.pages[wanted] = 0  # no hole
     byte = wanted[::7]
     source.pages[byte, byte * 509 % PAGE_SIZE] = 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -197,7 +198,7 @@ def test_only_so_much_is_packed_ahead(
     holes = next(batches)
     assert not holes.payload
     next(batches)
-    assert sum(sizes) <= packer._ahead + LZ4.unit_pages * PAGE_SIZE
+    assert sum(sizes) <= packer._ahead * MAX_UNIT_PAGES * PAGE_SIZE + LZ4.unit_pages * PAGE_SIZE
     assert (packer.compression, opened(host_pb2.COMPRESSION_ZSTD).compression) == (LZ4.name, ZSTD.name)
 
 
@@ -223,3 +224,24 @@ def test_batches_grow_while_the_link_is_fast(pages: int, seconds: float, then: i
 def test_batches_stay_short_for_a_lane_that_wants_them_short() -> None:
     assert packer_module.next_unit(256, 0.0, (256, 256)) == 256
     assert packer_module.next_unit(256, 9.0, (256, 256)) == 256
+
+
+@pytest.mark.parametrize("mib", [4, 12, 24])
+def test_what_is_packed_does_not_wait_for_more(
+    source: GuestRam, opened: Callable[..., Packer], monkeypatch: pytest.MonkeyPatch, mib: int
+) -> None:
+    packer = opened(host_pb2.COMPRESSION_ZSTD)
+    submitted = []
+
+    def at_once(pack: Callable[..., object], *arguments: object) -> Future[object]:
+        done: Future[object] = Future()
+        done.set_result(pack(*arguments))
+        submitted.append(done)
+        return done
+
+    monkeypatch.setattr(packer._pool, "submit", at_once)
+    pages = runs.one(0, (mib << 20) // PAGE_SIZE)
+    batches = packer.batches(0, pages, pages, 0, lambda: None)
+    next(batch for batch in batches if batch.payload)
+    assert len(submitted) <= packer._ahead + 1
+    assert len(list(batches)) > len(submitted) // 2
