@@ -55,7 +55,7 @@ class Tuner:
         self._link: Belief | None = None
         self._under_way = 0
         self._begin(clock())
-        self._blend = Blend(METHODS[2], METHODS[2], 0.0)
+        self.blend = Blend(METHODS[2], METHODS[2], 0.0)
         # Of each lane, pages that should have been packed with the second method, and were not.
         self._owed = [0.0] * lanes
 
@@ -79,7 +79,7 @@ class Tuner:
                 rate = self._acked_bytes / self._busy
                 self._link = Belief(rate, rate)
                 again = rate > QUICK_LINK
-                self._blend = NOTHING if rate > FAST_LINK else self._choose()
+                self.blend = NOTHING if rate > FAST_LINK else self._choose()
             self._begin(now)
             return again
 
@@ -88,15 +88,10 @@ class Tuner:
             self._busy += now - self._busy_since
             self._busy_since = now
 
-    @property
-    def blend(self) -> Blend:
-        """How pages are packed at present."""
-        return self._blend
-
     def next_method(self, lane: int, most: int) -> Method:
         """Return how to pack the next unit of a lane, of at most so many pages."""
         with self._lock:
-            first, second, part = self._blend.first, self._blend.second, self._blend.part
+            first, second, part = self.blend.first, self.blend.second, self.blend.part
             is_second = self._owed[lane] >= (1 - part) * min(second.unit_pages, most) / 2
             method = second if is_second else first
             self._owed[lane] += (part - is_second) * min(method.unit_pages, most)
@@ -155,7 +150,7 @@ class Tuner:
             # What is idle, and what packing itself has used.
             cores = idle + self._packing / elapsed
             self._cores += WEIGHT * (min(max(cores, FEWEST_CORES), self._workers) - self._cores)
-            self._blend = self._choose()
+            self.blend = self._choose()
         self._begin(now)
 
     def _choose(self) -> Blend:

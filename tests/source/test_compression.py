@@ -63,7 +63,7 @@ def test_a_faster_link_is_given_less_compression() -> None:
     strengths = [strength(chosen(link)) for link in links]
     assert strengths == sorted(strengths, reverse=True)
     assert (strengths[0], strengths[-1]) == (len(METHODS) - 1, 0)
-    assert 2 < strength(chosen(GBIT)) < 5
+    assert 2 <= strength(chosen(GBIT)) <= 4  # zstd-1 to zstd-3
 
 
 def test_more_cores_are_given_more_compression() -> None:
@@ -122,7 +122,7 @@ def test_what_is_left_of_pages_is_averaged_by_their_bytes() -> None:
 def test_two_methods_take_turns_on_each_lane(part: float, most: int) -> None:
     first, second = LZ4, METHODS[2]
     tuner = Tuner(workers=2, lanes=2)
-    tuner._blend = Blend(first, second, part)
+    tuner.blend = Blend(first, second, part)
     both = [(tuner.next_method(0, most), tuner.next_method(1, most)) for _ in range(400)]
     for taken in zip(*both, strict=True):
         sizes = [min(method.unit_pages, most) for method in taken]
@@ -134,7 +134,7 @@ def test_two_methods_take_turns_on_each_lane(part: float, most: int) -> None:
             larger = min(second.unit_pages, most) / min(first.unit_pages, most)
             longest = max(larger * (1 - part) / part, part / (1 - part) / larger)
             assert max(turns) <= math.ceil(longest) + 1
-    tuner._blend = NOTHING
+    tuner.blend = NOTHING
     assert {tuner.next_method(0, most) for _ in range(9)} == {NONE}
 
 
